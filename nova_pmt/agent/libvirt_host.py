@@ -1,0 +1,185 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The guests of this host, through libvirt: implements :class:`nova_pmt.agent.host.Host`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import libvirt
+from oslo_log import log
+
+from nova_pmt import exception
+from nova_pmt.agent.host import DomainInfo, GuestDescription
+from nova_pmt.exception import Refusal
+from nova_pmt.guest import checks, layout, prelude
+from nova_pmt.guest import domain as guest_domain
+from nova_pmt.guest.domain import Domain
+from nova_pmt.guest.execution import SAVE
+from nova_pmt.guest.monitor import Monitor
+from nova_pmt.guest.tracker import MemoryTracker
+from nova_pmt.plugins import load_class
+from nova_pmt.standby import domainxml
+
+LOG = log.getLogger(__name__)
+
+#: Seconds in which a monitor of ours must answer; it does not when a worker has it.
+MONITOR_TIMEOUT_S = 2.0
+#: On top of the guest's memory: QEMU itself, and what is staged.
+STANDBY_OVERHEAD_BYTES = 192 << 20
+
+
+class LibvirtHost:
+    """See the module's text. A connection is made when one is needed, and made anew when it broke."""
+
+    def __init__(self, conf: Any) -> None:
+        self._conf = conf
+        self._connection: libvirt.virConnect | None = None
+
+    def _connect(self) -> libvirt.virConnect:
+        if self._connection is not None:
+            with contextlib.suppress(libvirt.libvirtError):
+                if self._connection.isAlive():
+                    return self._connection
+        self._connection = guest_domain.connect(self._conf.guest.libvirt_uri)
+        return self._connection
+
+    def _find(self, name: str) -> Domain:
+        return Domain.find(self._connect(), name)
+
+    @staticmethod
+    def _info(domain: Domain) -> DomainInfo:
+        running = False
+        with contextlib.suppress(exception.GuestError):
+            running = domain.active and domainxml.read_mark(domain.xml()) is None
+        return DomainInfo(domain.uuid, domain.name, running)
+
+    def find(self, domain: str) -> DomainInfo:
+        """See the interface."""
+        return self._info(self._find(domain))
+
+    def domains(self) -> list[DomainInfo]:
+        """See the interface."""
+        connection = self._connect()
+        return [self._info(Domain(connection, handle)) for handle in connection.listAllDomains()]
+
+    def is_running(self, uuid: str) -> bool:
+        """See the interface."""
+        try:
+            return self.find(uuid).running
+        except exception.UnknownDomain:
+            return False
+
+    @contextlib.contextmanager
+    def _monitor(self, domain: Domain) -> Iterator[Monitor]:
+        with domain.monitor(self._conf.guest.runtime_directory, MONITOR_TIMEOUT_S) as monitor:
+            yield monitor
+
+    def check(self, uuid: str) -> tuple[list[Refusal], list[str]]:
+        """See the interface."""
+        domain = self._find(uuid)
+        if not self._info(domain).running:
+            return [exception.NotRunning(f"domain {domain.name} is not running")], []
+        xml = domain.xml()
+        refusals = checks.refusals(xml)
+        for problem in self._tracker_problems(), self._qemu_problems(domain):
+            refusals += problem
+        return refusals, checks.warnings(xml)
+
+    def _tracker_problems(self) -> list[Refusal]:
+        try:
+            load_class(
+                "nova_pmt.memory_trackers", self._conf.checkpoint.memory_tracker, MemoryTracker
+            ).check()
+        except Refusal as refusal:
+            return [refusal]
+        return []
+
+    def _qemu_problems(self, domain: Domain) -> list[Refusal]:
+        found: list[Refusal] = []
+        with self._monitor(domain) as monitor:
+            names = {entry["name"] for entry in monitor.execute("query-commands")}
+            if SAVE not in names:
+                found.append(exception.UnsupportedQemu(f"QEMU has no command '{SAVE}'"))
+            for check in (lambda: prelude.check(monitor), lambda: layout.discover(monitor)):
+                try:
+                    check()
+                except Refusal as refusal:
+                    found.append(refusal)
+        return found
+
+    def describe(self, uuid: str) -> GuestDescription:
+        """See the interface."""
+        domain = self._find(uuid)
+        if not domain.active:
+            raise exception.NotRunning(f"domain {domain.name} is not running")
+        with self._monitor(domain) as monitor:
+            blocks = layout.discover(monitor)
+        xml = domainxml.with_mark(
+            domain.xml(libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_SECURE),
+            domainxml.Mark(0, "", domain.persistent),
+        )
+        return GuestDescription(
+            xml, [block.to_dict() for block in blocks.blocks], blocks.memory_bytes
+        )
+
+    def check_standby(self, uuid: str, memory_bytes: int) -> list[Refusal]:
+        """See the interface."""
+        found = checks.standby_memory(
+            self._conf.guest.memory_backing_dir, memory_bytes + STANDBY_OVERHEAD_BYTES
+        )
+        with contextlib.suppress(exception.UnknownDomain):
+            domain = self._find(uuid)
+            if domain.active:
+                found.append(
+                    exception.Refusal(
+                        f"a domain with UUID {uuid} runs on the standby host already",
+                        code="ALREADY_RUNNING",
+                        cure="Find out why the server runs twice; end one of the two domains.",
+                    )
+                )
+        found += self._tracker_problems()  # it must be able to protect the guest after a failover
+        return found
+
+    def recover(self, uuid: str) -> None:
+        """See the interface."""
+        domain = self._find(uuid)
+        state, reason = domain.handle.state()
+        # libvirt saw a STOP that nobody asked it for; an operator's pause has reason USER.
+        if state == libvirt.VIR_DOMAIN_PAUSED and reason != libvirt.VIR_DOMAIN_PAUSED_USER:
+            LOG.warning("%s: its worker died in a pause; letting it run", uuid)
+            domain.resume()
+
+    def destroy(self, uuid: str) -> None:
+        """See the interface."""
+        with contextlib.suppress(exception.UnknownDomain):
+            self._find(uuid).destroy()
+
+    def cleanup_standby(self, uuid: str, generation: int) -> None:
+        """See the interface."""
+        try:
+            domain = self._find(uuid)
+            mark = domainxml.read_mark(domain.xml())
+        except (exception.UnknownDomain, exception.GuestGone):
+            return
+        if not domain.active or mark is None or mark.generation > generation:
+            return
+        with self._monitor(domain) as monitor:
+            status = monitor.execute("query-status")["status"]
+        if status != "inmigrate":
+            LOG.warning("%s: a standby of generation %d is '%s'", uuid, mark.generation, status)
+            if status == "running":
+                return
+        domain.destroy()

@@ -1,0 +1,98 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What the algorithm knows of the world: a guest's memory, its execution, its output, a standby."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+#: Bytes of a page, everywhere.
+PAGE_SIZE = 4096
+#: Page numbers, int64, each page once.
+PageNumbers = npt.NDArray[np.int64]
+#: Contents of pages, uint8 of shape (n, 4096).
+Pages = npt.NDArray[np.uint8]
+
+
+class GuestMemory(Protocol):
+    """The RAM of a guest that may be running."""
+
+    page_count: int
+
+    def scan(self) -> PageNumbers:
+        """Pages written since the last call, protected again before they are reported.
+
+        The array is valid until the next call.
+        """
+
+    def populated(self) -> PageNumbers:
+        """All pages that may hold other than zeros."""
+
+    def copy(self, pages: PageNumbers, out: Pages) -> None:
+        """Copy pages as they are now into ``out``, shape (len(pages), 4096)."""
+
+
+class GuestExecution(Protocol):
+    """Stopping and starting a guest and saving its devices."""
+
+    def pause(self) -> None:
+        """Stop the guest and start to save its devices; returns when it has stopped."""
+
+    def saved(self) -> None:
+        """Wait until the devices are saved."""
+
+    def resume(self) -> None:
+        """Let the guest run on, in whatever state the calls before were left."""
+
+    def running(self) -> bool:
+        """Whether the guest runs; false when its operator paused it."""
+
+    def device_state(self) -> bytes:
+        """What was saved last. Not called in a pause."""
+
+
+class OutputBuffer(Protocol):
+    """Output that is held until the checkpoint that contains its cause is committed."""
+
+    def cut(self, epoch: int) -> None:
+        """End of the epoch's output: called in the pause; must not block or allocate."""
+
+    def release(self, epoch: int) -> None:
+        """Checkpoint ``epoch`` is committed: let out what was held up to its cut."""
+
+
+class CheckpointSink(Protocol):
+    """Where checkpoints go. Calls return at once; the sending happens elsewhere."""
+
+    def send_pages(
+        self, epoch: int, numbers: PageNumbers, data: Pages, sent: Callable[[], None] | None
+    ) -> None:
+        """Send pages of checkpoint ``epoch``; of a page that is sent twice the last one counts.
+
+        :param numbers: (n,) page numbers; not to be changed until sent.
+        :param data: (n, 4096) contents, C-contiguous; not to be changed until sent.
+        :param sent: called, from any thread, when both may be reused.
+        """
+
+    def send_commit(self, epoch: int, device_state: bytes) -> None:
+        """Checkpoint ``epoch`` is complete; the standby may commit it."""
+
+    def hold(self) -> None:
+        """Send nothing that is not under way already: a pause begins."""
+
+    def go_on(self) -> None:
+        """The pause is over."""

@@ -1,0 +1,159 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The loop of rounds: when to pass, when to pause, when to hold back."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+
+from nova_pmt import exception
+from nova_pmt.checkpoint.interfaces import GuestExecution
+from nova_pmt.checkpoint.round import Checkpointer
+from nova_pmt.checkpoint.strategies.base import Strategy
+
+#: How often a guest that its operator paused is looked at.
+PAUSED_POLL_S = 0.1
+#: Young objects are collected this often, between rounds; never by chance in a pause.
+COLLECT_EVERY = 64
+#: Passes of a planned switchover end when one finds no more than this.
+SWITCHOVER_GOAL_PAGES = 256
+SWITCHOVER_MAX_PASSES = 8
+
+
+class Loop:
+    """Drives a :class:`Checkpointer` by a :class:`Strategy` until it is told to end.
+
+    :param depth: checkpoints that may be in flight when a pause starts.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        execution: GuestExecution,
+        strategy: Strategy,
+        *,
+        depth: int = 2,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.checkpointer = checkpointer
+        self.strategy = strategy
+        self.guest_running = True
+        self._execution = execution
+        self._depth = depth
+        self._clock = clock
+        self._ending = False
+        self._passes_s = 0.0
+        self._since_collect = 0
+
+    def end(self) -> None:
+        """Let :meth:`run` return after the round under way. Own thread (posted)."""
+        self._ending = True
+
+    def synchronise(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """First synchronisation and checkpoint 1; returns when it is committed."""
+        self.checkpointer.synchronise(progress)
+        self._round()
+        while not self.checkpointer.committed:
+            self.checkpointer.pump(1.0)
+
+    def run(self) -> None:
+        """Rounds until :meth:`end`.
+
+        :raises nova_pmt.exception.PmtError: whatever was posted as a failure, or went
+            wrong with the guest. The guest runs on.
+        """
+        last = self._clock()
+        while not self._ending:
+            self._wait_until(last + self.strategy.interval_s - self._passes_s)
+            if not self._ending and self._may_run():
+                last = self._round()
+
+    def _wait_until(self, due: float) -> None:
+        while not self._ending and (left := due - self._clock()) > 0:
+            self.checkpointer.pump(left)
+        self._hold_back()
+
+    def _hold_back(self) -> None:
+        """``throttle``: too much is in flight, or the cache is at its limit."""
+        checkpointer = self.checkpointer
+        checkpointer.pump()
+        held = False
+        while not self._ending and (
+            checkpointer.in_flight >= self._depth or not checkpointer.has_room()
+        ):
+            held = True
+            checkpointer.throttled = True
+            checkpointer.pump(1.0)
+        if held:
+            checkpointer.statistics.throttled_rounds += 1
+        else:
+            checkpointer.throttled = False
+
+    def _may_run(self) -> bool:
+        """False while the guest's operator has paused it: our ``cont`` would undo that."""
+        running = self._execution.running()
+        if not running:
+            self.checkpointer.pump(PAUSED_POLL_S)
+        self.guest_running = running
+        return running
+
+    def _round(self) -> float:
+        """Passes, pause, transfer. Returns when the pause began."""
+        checkpointer = self.checkpointer
+        checkpoint = None
+        while checkpoint is None:
+            begin = self._clock()
+            for _ in range(self.strategy.passes):
+                checkpointer.copy_pass()
+            checkpointer.prepare()
+            start = self._clock()
+            self._passes_s += 0.2 * (start - begin - self._passes_s)
+            checkpoint = checkpointer.capture()
+            if checkpoint is None:
+                checkpointer.copy_pass()
+        checkpointer.transfer(checkpoint)
+        self._since_collect += 1
+        if self._since_collect >= COLLECT_EVERY:
+            self._since_collect = 0
+            gc.collect(0)
+        return start
+
+    def final_round(self, timeout_s: float) -> None:
+        """The zero-loss round of a planned switchover: the guest stays paused.
+
+        :raises nova_pmt.exception.PmtError: it did not work; the guest runs on.
+        """
+        checkpointer = self.checkpointer
+        for _ in range(SWITCHOVER_MAX_PASSES):
+            if checkpointer.copy_pass() <= SWITCHOVER_GOAL_PAGES:
+                break
+        self._execution.running()
+        checkpointer.prepare()
+        checkpoint = checkpointer.capture(resume=False)
+        try:
+            if checkpoint is None:
+                raise exception.GuestError("the final checkpoint was not complete")
+            checkpointer.transfer(checkpoint)
+            deadline = self._clock() + timeout_s
+            while checkpointer.in_flight:
+                left = deadline - self._clock()
+                if left <= 0:
+                    raise exception.PeerLost(
+                        f"standby did not commit the final checkpoint in {timeout_s:.0f} s"
+                    )
+                checkpointer.pump(left)
+        except BaseException:
+            self._execution.resume()
+            raise

@@ -1,0 +1,408 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The round: pre-copy passes, the pause, the transfer, the commit.
+
+One object, driven by one thread. Whatever other threads have to say (a slab was sent, a
+checkpoint was committed, the link broke) they :meth:`Checkpointer.post`, and it is
+handled between steps, never in a pause.
+
+The pause holds: QMP stop, scan, copy of what the passes left, QMP's answer to the save,
+the cut of output buffers, QMP cont. The order *protect first, then copy* makes pre-copied
+pages safe: a page that is written during or after its copy is reported by the next scan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nova_pmt import exception, faultpoint
+from nova_pmt.checkpoint.cache import SLAB_PAGES, SlabCache
+from nova_pmt.checkpoint.epoch import EpochPages, PageTable
+from nova_pmt.checkpoint.interfaces import (
+    CheckpointSink,
+    GuestExecution,
+    GuestMemory,
+    OutputBuffer,
+    PageNumbers,
+    Pages,
+)
+from nova_pmt.checkpoint.statistics import RoundRecord, Statistics
+
+#: Slabs that the first synchronisation fills before it waits for the network.
+SYNC_WINDOW_SLABS = 32
+#: At most this many more slabs are backed at a time, between copies.
+GROW_STEP_SLABS = 16
+#: Free slabs that a pause finds at least.
+PAUSE_RESERVE_SLABS = 2
+#: A pause that found too little cache lets the guest run on this often before it insists.
+MAX_DEFERRALS = 3
+#: The first synchronisation ends when a pass finds no more than this, or does not get better.
+SYNC_GOAL_PAGES = 1024
+SYNC_MAX_PASSES = 30
+
+_NO_PAGES: PageNumbers = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Clock readings of one pause, in seconds of ``time.perf_counter``."""
+
+    start: float
+    stopped: float
+    scanned: float
+    copied: float
+    saved: float
+    resumed: float
+
+
+@dataclass
+class InFlight:
+    """A checkpoint that is on its way."""
+
+    epoch: int
+    slabs: list[int]
+    pages: int
+    pause_pages: int
+    times: Times
+    device_bytes: int
+
+
+class Checkpointer:
+    """The primary's side of one pair.
+
+    :param cache: holds checkpoints until they are committed.
+    :param outputs: what is held until commit.
+    :param on_round: called with each committed round.
+    :param clock: seconds; ``time.perf_counter`` or a test's.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        execution: GuestExecution,
+        sink: CheckpointSink,
+        cache: SlabCache,
+        *,
+        outputs: Sequence[OutputBuffer] = (),
+        on_round: Callable[[RoundRecord], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._memory = memory
+        self._execution = execution
+        self._sink = sink
+        self.cache = cache
+        self._outputs = tuple(outputs)
+        self._on_round = on_round
+        self._clock = clock
+        self._table = PageTable(memory.page_count)
+        self._numbers: PageNumbers = np.zeros(cache.limit_slabs * SLAB_PAGES, np.int64)
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._flying: dict[int, InFlight] = {}
+        self._carry = _NO_PAGES
+        self._spilled_slabs = 0
+        self._window = cache.limit_slabs
+        self._pause_pages_peak = 0.0
+        self._deferrals = 0
+        self.statistics = Statistics()
+        self.committed = 0
+        self.throttled = False
+        self.sent_pages = 0
+        self._open = self._new_epoch(1)
+
+    def _new_epoch(self, number: int) -> EpochPages:
+        return EpochPages(number, self.cache, self._table, self._numbers)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the checkpoint that the next pause takes."""
+        return self._open.number
+
+    @property
+    def in_flight(self) -> int:
+        """Checkpoints that were taken and are not committed."""
+        return len(self._flying)
+
+    # -- events from other threads ------------------------------------------------------
+
+    def post(self, handler: Callable[[], None]) -> None:
+        """Have ``handler`` run by the thread of the rounds, between two steps. Any thread."""
+        self._events.put(handler)
+
+    def pump(self, timeout_s: float = 0.0) -> None:
+        """Handle what was posted; wait up to ``timeout_s`` for a first one.
+
+        :raises nova_pmt.exception.PmtError: whatever a handler raises.
+        """
+        try:
+            handler = (
+                self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get(False)
+            )
+            while True:
+                handler()
+                handler = self._events.get(False)
+        except queue.Empty:
+            return
+
+    def commit(self, epoch: int) -> None:
+        """The standby has checkpoint ``epoch`` whole: release output, return slabs. Own thread.
+
+        :raises nova_pmt.exception.PeerError: it was not this one's turn.
+        """
+        flying = self._flying.pop(epoch, None)
+        if flying is None or epoch != self.committed + 1:
+            raise exception.PeerError(
+                f"standby committed checkpoint {epoch}, but {self.committed + 1} is next"
+            )
+        for output in self._outputs:
+            output.release(epoch)
+        self.committed = epoch
+        needed = len(flying.slabs) + sum(len(other.slabs) for other in self._flying.values())
+        self.cache.give_back(flying.slabs)
+        self.cache.adapt(needed + len(self._open.slabs))
+        times = flying.times
+        record = RoundRecord(
+            epoch=epoch,
+            started_s=times.start,
+            pause_us=(times.resumed - times.start) * 1e6,
+            stop_us=(times.stopped - times.start) * 1e6,
+            scan_us=(times.scanned - times.stopped) * 1e6,
+            copy_us=(times.copied - times.scanned) * 1e6,
+            save_us=(times.saved - times.copied) * 1e6,
+            cont_us=(times.resumed - times.saved) * 1e6,
+            pages=flying.pages,
+            pause_pages=flying.pause_pages,
+            commit_us=(self._clock() - times.resumed) * 1e6,
+            device_bytes=flying.device_bytes,
+        )
+        self.statistics.add(record)
+        if self._on_round is not None:
+            self._on_round(record)
+        faultpoint.reach("round.committed")
+
+    # -- while the guest runs -----------------------------------------------------------
+
+    def synchronise(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """First synchronisation: pre-copy of everything into checkpoint 1; it is left open.
+
+        The standby writes checkpoint 1 straight into its image, which nothing
+        depends on before the first commit; so it is sent in parts through a small window.
+
+        :param progress: called with pages sent and pages to send.
+        """
+        self._window = min(self.cache.limit_slabs, SYNC_WINDOW_SLABS)
+        self._memory.scan()
+        todo = self._memory.populated()
+        total = len(todo)
+        for at in range(0, total, SLAB_PAGES):
+            self._send_unless_zero(todo[at : at + SLAB_PAGES])
+            faultpoint.reach("sync.streaming")
+            if progress is not None:
+                progress(min(at + SLAB_PAGES, total), total)
+        before = total
+        for _ in range(SYNC_MAX_PASSES):
+            found = self.copy_pass()
+            if found <= SYNC_GOAL_PAGES or found > 0.9 * before:
+                break
+            before = found
+        self._spill()
+        while self._spilled_slabs:
+            self.pump(1.0)
+        self._window = self.cache.limit_slabs
+
+    def _send_unless_zero(self, pages: PageNumbers) -> None:
+        """Send pages for the first time: the standby's memory is all zeros, as many of them are."""
+        while True:
+            self.pump()
+            if not self.cache.free_slabs and self._spilled_slabs < self._window:
+                self.cache.grow(1)
+            slab = self.cache.take()
+            if slab is not None:
+                break
+            self.pump(1.0)
+        first = slab * SLAB_PAGES
+        data = self.cache.pages[first : first + len(pages)]
+        self._memory.copy(pages, data)
+        kept = data.view(np.uint64).any(axis=1)
+        count = int(np.count_nonzero(kept))
+        if count == 0:
+            self.cache.give_back((slab,))
+            return
+        if count < len(pages):
+            pages = pages[kept]
+            data[:count] = data[kept]
+        self._spill_slab(slab, self._open.number, pages, data[:count])
+
+    def copy_pass(self) -> int:
+        """One pre-copy pass: protect and copy what was written, while the guest runs.
+
+        :returns: how many pages there were.
+        """
+        pages = self._take_carry(self._memory.scan())
+        self._copy(pages)
+        faultpoint.reach("round.pass")
+        return len(pages)
+
+    def _take_carry(self, pages: PageNumbers) -> PageNumbers:
+        if len(self._carry):
+            pages = np.union1d(self._carry, pages)
+            self._carry = _NO_PAGES
+        return pages
+
+    def _copy(self, pages: PageNumbers) -> None:
+        """Copy pages into the open epoch; waits for room where there is none."""
+        while True:
+            pages = pages[self._open.add(self._memory, pages) :]
+            if not len(pages):
+                return
+            self._carry = pages.copy()  # so that they are not lost when this is interrupted
+            self._make_room(len(pages))
+            self._carry = _NO_PAGES
+
+    def _make_room(self, pages: int) -> None:
+        """Back more slabs; at the limit wait for a commit, or send what the epoch has so far."""
+        self.pump()
+        while not self.cache.free_slabs:
+            if len(self._open.slabs) < self._window:
+                wanted = min(-(-pages // SLAB_PAGES), GROW_STEP_SLABS)
+                if self.cache.grow(min(wanted, self._window - len(self._open.slabs))):
+                    return
+            if self._flying and not self._open.slabs:
+                self.throttled = True
+                self.pump(1.0)
+            elif self._open.slabs:
+                self._spill()
+                self.pump(0.05)
+            else:
+                self.pump(1.0)
+
+    def _spill(self) -> None:
+        """Send the open epoch's pages ahead of its pause; later copies replace them."""
+        chunks, number = self._open.chunks(), self._open.number
+        slabs = self._open.detach()
+        for slab, (numbers, data) in zip(slabs, chunks, strict=True):
+            self._spill_slab(slab, number, numbers, data)
+
+    def _spill_slab(self, slab: int, epoch: int, numbers: PageNumbers, data: Pages) -> None:
+        def unspill() -> None:
+            self._spilled_slabs -= 1
+            self.cache.give_back((slab,))
+
+        self._spilled_slabs += 1
+        self.sent_pages += len(numbers)
+        self._sink.send_pages(epoch, numbers, data, lambda: self.post(unspill))
+
+    def prepare(self) -> None:
+        """Have slabs ready for the pause, from what the last ones needed."""
+        expected = int(self._pause_pages_peak * 1.25) // SLAB_PAGES + PAUSE_RESERVE_SLABS
+        missing = expected - self.cache.free_slabs
+        if missing > 0:
+            self.cache.grow(missing)
+
+    def has_room(self) -> bool:
+        """Whether a round of the recent size fits under the limit now."""
+        return not self._flying or self.cache.available_slabs >= max(
+            PAUSE_RESERVE_SLABS, *(len(other.slabs) for other in self._flying.values())
+        )
+
+    # -- the pause ----------------------------------------------------------------------
+
+    def capture(self, *, resume: bool = True) -> InFlight | None:
+        """The pause.
+
+        :param resume: False leaves the guest paused (switchover).
+        :returns: the checkpoint, to be given to :meth:`transfer`; None when the cache had no
+            room and the guest was let run on: pass and try again.
+        :raises nova_pmt.exception.GuestError: it failed; the guest runs on.
+        """
+        execution, clock, epoch = self._execution, self._clock, self._open
+        insist = not resume or self._deferrals >= MAX_DEFERRALS
+        self._sink.hold()
+        complete = False
+        start = clock()
+        try:
+            execution.pause()
+            stopped = clock()
+            faultpoint.reach("round.paused")
+            pages = self._memory.scan()
+            scanned = clock()
+            faultpoint.reach("round.scanned")
+            if len(self._carry):
+                pages = self._take_carry(pages)
+            added = epoch.add(self._memory, pages)
+            complete = added == len(pages)
+            if not complete:
+                self._carry = pages[added:].copy()
+                if insist:
+                    self._drain_paused()
+                    complete = True
+            faultpoint.reach("round.copied")
+            copied = clock()
+            if complete:
+                for output in self._outputs:
+                    output.cut(epoch.number)
+            execution.saved()
+            saved = clock()
+            faultpoint.reach("round.saved")
+        except BaseException:
+            self._sink.go_on()
+            # Whatever went wrong, and whether or not QEMU got the stop: the guest comes first.
+            with contextlib.suppress(exception.GuestError):
+                execution.resume()
+            raise
+        if resume or not complete:
+            execution.resume()
+        resumed = clock()
+        self._sink.go_on()
+        faultpoint.reach("round.resumed")
+        pause_pages = len(pages)
+        self._pause_pages_peak = max(float(pause_pages), self._pause_pages_peak * 0.9)
+        if not complete:
+            self._deferrals += 1
+            self.statistics.deferred += 1
+            return None
+        self._deferrals = 0
+        return InFlight(
+            epoch.number,
+            [],
+            epoch.page_count,
+            pause_pages,
+            Times(start, stopped, scanned, copied, saved, resumed),
+            0,
+        )
+
+    def _drain_paused(self) -> None:
+        """The guest outruns cache and link: keep it paused until the rest is through."""
+        self._sink.go_on()
+        pages, self._carry = self._carry, _NO_PAGES
+        self._copy(pages)
+        self._sink.hold()
+
+    def transfer(self, checkpoint: InFlight) -> None:
+        """Hand a captured checkpoint to the sink; returns at once. The next epoch begins."""
+        state = self._execution.device_state()
+        checkpoint.device_bytes = len(state)
+        faultpoint.reach("round.sending")
+        for numbers, data in self._open.chunks():
+            self.sent_pages += len(numbers)
+            self._sink.send_pages(checkpoint.epoch, numbers, data, None)
+        checkpoint.slabs = self._open.detach()
+        self._flying[checkpoint.epoch] = checkpoint
+        self._open = self._new_epoch(checkpoint.epoch + 1)
+        self._sink.send_commit(checkpoint.epoch, state)
+        faultpoint.reach("round.sent")

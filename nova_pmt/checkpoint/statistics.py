@@ -1,0 +1,123 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Numbers of the rounds: a ring of the last ones, totals, and a summary for people.
+
+Written between pauses only. Times are in microseconds, sizes in pages or bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+#: Rounds that percentiles are taken over: the last 100 s at 50 ms.
+RING = 2048
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round.
+
+    :param started_s: CLOCK_MONOTONIC at the start of the pause, in seconds.
+    :param pause_us: from the request to stop until the guest runs again.
+    :param stop_us: until the guest has stopped.
+    :param scan_us: scanning memory, while QEMU saves the devices.
+    :param copy_us: copying what the pre-copy passes left.
+    :param save_us: waiting, after that, until the devices are saved.
+    :param cont_us: until the guest runs again.
+    :param pages: pages of the checkpoint.
+    :param pause_pages: pages that were copied in the pause.
+    :param commit_us: from the end of the pause until the standby said "committed".
+    :param device_bytes: size of the device state.
+    """
+
+    epoch: int
+    started_s: float
+    pause_us: float
+    stop_us: float
+    scan_us: float
+    copy_us: float
+    save_us: float
+    cont_us: float
+    pages: int
+    pause_pages: int
+    commit_us: float
+    device_bytes: int
+
+
+_COLUMNS = {field.name: index for index, field in enumerate(fields(RoundRecord))}
+
+
+def percentiles(values: npt.NDArray[np.float64], scale: float = 1.0) -> dict[str, float]:
+    """p50, p99, max and mean; zeros where there are no values."""
+    if not len(values):
+        return {"p50": 0.0, "p99": 0.0, "max": 0.0, "mean": 0.0}
+    scaled = values * scale
+    return {
+        "p50": round(float(np.percentile(scaled, 50)), 3),
+        "p99": round(float(np.percentile(scaled, 99)), 3),
+        "max": round(float(scaled.max()), 3),
+        "mean": round(float(scaled.mean()), 3),
+    }
+
+
+class Statistics:
+    """Collects the records of one primary."""
+
+    def __init__(self) -> None:
+        self._ring: npt.NDArray[np.float64] = np.zeros((RING, len(_COLUMNS)), np.float64)
+        self.rounds = 0
+        self.deferred = 0
+        self.throttled_rounds = 0
+        self.pages_total = 0
+        self._last: RoundRecord | None = None
+        self._rate_from = (time.monotonic(), 0)
+
+    def add(self, record: RoundRecord) -> None:
+        """A round was committed."""
+        self._ring[self.rounds % RING] = astuple(record)
+        self.rounds += 1
+        self.pages_total += record.pages
+        self._last = record
+
+    def column(self, name: str) -> npt.NDArray[np.float64]:
+        """One figure of the last rounds, unordered."""
+        return self._ring[: min(self.rounds, RING), _COLUMNS[name]].copy()
+
+    def summary(self) -> dict[str, Any]:
+        """The part of ``status`` that comes from the rounds; times in milliseconds."""
+        pause = percentiles(self.column("pause_us"), 1e-3)
+        pages = self.column("pages")
+        last = self._last
+        pause["last"] = round(last.pause_us / 1e3, 3) if last else 0.0
+        return {
+            "rounds": self.rounds,
+            "deferred": self.deferred,
+            "throttled_rounds": self.throttled_rounds,
+            "pause_ms": pause,
+            "pause_steps_ms": {
+                name: percentiles(self.column(f"{name}_us"), 1e-3)["p50"]
+                for name in ("stop", "scan", "copy", "save", "cont")
+            },
+            "pages": {
+                "p50": float(np.percentile(pages, 50)) if len(pages) else 0.0,
+                "last": last.pages if last else 0,
+                "in_pause_p50": percentiles(self.column("pause_pages"))["p50"],
+                "total": self.pages_total,
+            },
+            "commit_ms": percentiles(self.column("commit_us"), 1e-3),
+        }

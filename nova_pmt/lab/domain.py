@@ -1,0 +1,145 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What a lab guest is made of, and its libvirt domain XML."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from dataclasses import dataclass, field
+from typing import Literal
+from xml.sax.saxutils import escape, quoteattr
+
+from nova_pmt.lab.libvirtd import MONITORS
+
+#: Where each host keeps its copy of the guest's kernel and initramfs.
+BOOT = "/var/lib/libvirt/boot"
+CONSOLES = "/var/log/libvirt/qemu"
+_QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the guest's program does from its start on; the control server changes it later."""
+
+    tick_ms: int = 10
+    console_every: int = 10  # ticks per TICK line on the console; 0: none
+    dirty_pages: int = 0  # pages rewritten every dirty_ms; 0: idle
+    dirty_ms: int = 20
+    dirty_full: bool = False  # rewrite all 4096 bytes of a page, not 8
+    dirty_once: int = 0  # pages rewritten once, before READY
+    buffer_mib: int = 32  # the pages are spread over so much memory
+
+    def kernel_arguments(self) -> str:
+        """As the kernel hands them to init: in its environment."""
+        return " ".join(f"{name}={int(value)}" for name, value in vars(self).items())
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A virtio disk; made empty at the first boot if its file is not there."""
+
+    path: str  # inside the host
+    size_mib: int = 64
+    format: Literal["qcow2", "raw"] = "qcow2"
+
+
+@dataclass(frozen=True)
+class GuestSpec:
+    """A guest of the lab. Two specs of one name have the same MAC, but each its own UUID."""
+
+    name: str
+    memory_mib: int = 128
+    vcpus: int = 1
+    machine: Literal["q35", "pc"] = "q35"
+    shared_memory: bool = True  # memfd; False: private anonymous RAM, as plain libvirt makes it
+    nic: bool = True
+    ip: str = "10.77.2.100"  # on the lab's data network
+    second_monitor: bool = True  # QMP socket of its own, for us alone; see monitor_path
+    persistent: bool = False  # defined, as Nova does it, and not only created
+    vga: bool = False
+    disk: Disk | None = None
+    workload: Workload = Workload()
+    accel: Literal["tcg", "kvm"] = "tcg"
+    uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    @property
+    def mac(self) -> str:
+        """Derived from the name, so that the guest keeps it on every host."""
+        digest = hashlib.sha256(self.name.encode()).digest()
+        return "52:54:00:%02x:%02x:%02x" % tuple(digest[:3])
+
+    @property
+    def monitor_path(self) -> str:
+        """The second monitor's socket, inside the host."""
+        return f"{MONITORS}/{self.uuid}.sock"
+
+    @property
+    def console_path(self) -> str:
+        """The serial console's file, inside the host. It grows over all boots."""
+        return f"{CONSOLES}/{self.name}-console.log"
+
+
+def domain_xml(spec: GuestSpec) -> str:
+    """The libvirt domain of ``spec``; the same on each host of the lab."""
+    arguments = f"console=ttyS0 quiet {spec.workload.kernel_arguments()}"
+    if spec.nic:
+        arguments += f" guest_ip={spec.ip}/24"
+    parts = [
+        f"<domain type='{'kvm' if spec.accel == 'kvm' else 'qemu'}'"
+        + (f" xmlns:qemu={quoteattr(_QEMU_NAMESPACE)}>" if spec.second_monitor else ">"),
+        f"<name>{escape(spec.name)}</name>",
+        f"<uuid>{spec.uuid}</uuid>",
+        f"<memory unit='MiB'>{spec.memory_mib}</memory>",
+        "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+        if spec.shared_memory
+        else "",
+        f"<vcpu>{spec.vcpus}</vcpu>",
+        f"<os><type arch='x86_64' machine='{spec.machine}'>hvm</type>"
+        f"<kernel>{BOOT}/vmlinuz</kernel><initrd>{BOOT}/initrd.img</initrd>"
+        f"<cmdline>{escape(arguments)}</cmdline></os>",
+        # Without ACPI and APIC a pc guest neither resets properly nor has a second vCPU.
+        "<features><acpi/><apic/></features>",
+        "<on_reboot>restart</on_reboot><on_crash>destroy</on_crash>",
+        "<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>",
+        _disk(spec.disk) if spec.disk else "",
+        _nic(spec) if spec.nic else "",
+        f"<serial type='file'><source path={quoteattr(spec.console_path)} append='on'/></serial>",
+        "<controller type='usb' model='none'/><memballoon model='none'/>",
+        f"<video><model type='{'vga' if spec.vga else 'none'}'/></video>",
+        "</devices>",
+        _monitor(spec) if spec.second_monitor else "",
+        "</domain>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _nic(spec: GuestSpec) -> str:
+    return (
+        f"<interface type='bridge'><mac address='{spec.mac}'/><source bridge='br-data'/>"
+        "<model type='virtio'/></interface>"
+    )
+
+
+def _disk(disk: Disk) -> str:
+    return (
+        f"<disk type='file' device='disk'><driver name='qemu' type='{disk.format}' cache='none'/>"
+        f"<source file={quoteattr(disk.path)}/><target dev='vda' bus='virtio'/></disk>"
+    )
+
+
+def _monitor(spec: GuestSpec) -> str:
+    return (
+        "<qemu:commandline><qemu:arg value='-qmp'/>"
+        f"<qemu:arg value='unix:{spec.monitor_path},server=on,wait=off'/></qemu:commandline>"
+    )

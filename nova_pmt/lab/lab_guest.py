@@ -1,0 +1,199 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""A running guest of the lab, seen from outside."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nova_pmt.exception import LabError
+from nova_pmt.lab.domain import Disk, GuestSpec, domain_xml
+
+if TYPE_CHECKING:
+    from nova_pmt.lab.host import LabHost
+
+CONTROL_PORT = 7000
+ECHO_PORT = 7
+
+
+class LabGuest:
+    """Handle on a guest; :meth:`on` makes the handle for another host after a failover."""
+
+    def __init__(self, spec: GuestSpec, host: LabHost, console_start: int = 0) -> None:
+        self.spec = spec
+        self.host = host
+        self._console_start = console_start
+
+    def __repr__(self) -> str:
+        return f"<LabGuest {self.spec.name} on {self.host.name}>"
+
+    @property
+    def name(self) -> str:
+        """The domain's name."""
+        return self.spec.name
+
+    @property
+    def uuid(self) -> str:
+        """The domain's UUID."""
+        return self.spec.uuid
+
+    @property
+    def xml(self) -> str:
+        """The domain XML it was made from."""
+        return domain_xml(self.spec)
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id as seen from the root namespace."""
+        inside = int(self.host.disk_path(f"/run/libvirt/qemu/{self.name}.pid").read_text())
+        return self.host.outside_pid(inside)
+
+    def on(self, host: LabHost) -> LabGuest:
+        """The same guest where it runs now."""
+        return LabGuest(self.spec, host)
+
+    # -- what it says ------------------------------------------------------------------------
+
+    def console(self) -> str:
+        """All that it wrote to the serial console of this host since this handle was made."""
+        return self._console_bytes()[self._console_start :].decode(errors="replace")
+
+    def _console_bytes(self) -> bytes:
+        try:
+            return self.host.disk_path(self.spec.console_path).read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def wait_console(self, text: str, timeout: float = 30.0) -> None:
+        """Return once ``text`` is on the console.
+
+        :raises LabError: it is not within ``timeout`` seconds; with the console's end.
+        """
+        deadline = time.monotonic() + timeout
+        while text not in self.console():
+            if time.monotonic() > deadline:
+                raise LabError(
+                    f"{self!r}: no {text!r} on the console within {timeout:g} s;"
+                    f" it ends in {self.console()[-1000:]!r}"
+                )
+            time.sleep(0.02)
+
+    def wait_ready(self, timeout: float = 60.0) -> LabGuest:
+        """Return once the workload runs, and answers if the guest has a NIC.
+
+        :raises LabError: it does not within ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        self.wait_console("READY boot=", timeout)
+        if self.spec.nic:
+            self.control("boot", max(1.0, deadline - time.monotonic()))
+        return self
+
+    # -- what it is told ---------------------------------------------------------------------
+
+    def control(self, command: str, timeout: float = 30.0) -> str:
+        """Send one command line over the data network (from ctl) and return the answer.
+
+        ``counter`` ``boot`` ``rounds`` ``status`` ``verify`` ``reboot`` ``dirty PAGES MS``
+        ``burst PAGES`` ``full 0|1`` ``fill MIB`` ``tick MS`` ``console EVERY``
+
+        :raises LabError: no answer within ``timeout`` seconds, or the answer is an error.
+        """
+        try:
+            with self.connect(CONTROL_PORT, timeout) as connection:
+                connection.sendall(command.encode() + b"\n")
+                answer = connection.makefile().readline().strip()
+        except OSError as e:
+            raise LabError(f"{self!r} does not answer {command!r}: {e}") from e
+        if not answer or answer.startswith("error"):
+            raise LabError(f"{self!r}: {command}: {answer or 'connection closed'}")
+        return answer
+
+    def connect(self, port: int = ECHO_PORT, timeout: float | None = 30.0) -> socket.socket:
+        """A TCP connection from ctl to the guest; by default to its echo server."""
+        return self.host.lab.ctl.dial(self.spec.ip, port, timeout)
+
+    def counter(self) -> int:
+        """The workload's counter now."""
+        return int(self.control("counter"))
+
+    def boot_id(self) -> str:
+        """Differs after each boot."""
+        return self.control("boot")
+
+    def verify(self) -> str:
+        """Let the guest compare all its pages with what it wrote last.
+
+        :raises LabError: a page holds something else.
+        """
+        return self.control("verify", 120)
+
+    def reboot(self, timeout: float = 60.0) -> None:
+        """Let the guest restart itself and wait until it is ready again."""
+        self._console_start = len(self._console_bytes())
+        self.control("reboot")
+        self.wait_ready(timeout)
+
+    # -- its life ----------------------------------------------------------------------------
+
+    def destroy(self) -> None:
+        """Take the domain away from this host, whatever state it is in."""
+        import libvirt
+
+        with self.host.libvirt() as connection:
+            try:
+                domain = connection.lookupByUUIDString(self.uuid)
+            except libvirt.libvirtError:
+                return
+            if domain.isActive():
+                domain.destroy()
+            if self.spec.persistent:
+                domain.undefine()
+
+
+def boot(host: LabHost, spec: GuestSpec) -> LabGuest:
+    """Start ``spec`` on ``host``; return as soon as libvirt says that it runs."""
+    import libvirt
+
+    if spec.disk:
+        _make_disk(host, spec.disk)
+    guest = LabGuest(spec, host)
+    guest._console_start = len(guest._console_bytes())
+    with host.libvirt() as connection:
+        try:
+            if spec.persistent:
+                connection.defineXML(guest.xml).create()
+            else:
+                connection.createXML(guest.xml)
+        except libvirt.libvirtError as e:
+            raise LabError(f"{guest!r} does not start: {e}", cure=f"See {host.log_directory}") from e
+    return guest
+
+
+def _make_disk(host: LabHost, disk: Disk) -> None:
+    if not host.disk_path(disk.path).exists():
+        size = f"{disk.size_mib}M"
+        host.run(["qemu-img", "create", "-q", "-f", disk.format, disk.path, size])
+
+
+def read_domain(connection: Any, uuid: str) -> Any:
+    """The libvirt domain with that UUID, or None."""
+    import libvirt
+
+    try:
+        return connection.lookupByUUIDString(uuid)
+    except libvirt.libvirtError:
+        return None

@@ -1,0 +1,136 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The lab's private RabbitMQ: a plain process in ctl, its state below the lab's directory.
+
+The password is made anew for each lab and lies only in files of mode 0600; no command line has it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nova_pmt.exception import LabError
+from nova_pmt.lab import network
+
+if TYPE_CHECKING:
+    from nova_pmt.lab.host import LabHost
+
+PORT = 5672
+USER = "nova_pmt"
+_HELLO = b"AMQP\x00\x00\x09\x01"
+
+_CONFIGURATION = """\
+listeners.tcp.1 = {address}:{port}
+default_user = {user}
+default_pass = {password}
+log.file.level = warning
+log.console.level = warning
+disk_free_limit.absolute = 50MB
+collect_statistics_interval = 60000
+"""
+
+
+class Rabbit:
+    """The broker of one lab."""
+
+    def __init__(self, ctl: LabHost, lab_id: str) -> None:
+        self._ctl = ctl
+        self._directory = ctl.disk / "rabbitmq"
+        # epmd listens on the loopback of ctl only, so the node must be called so.
+        self._node = f"pmt-{lab_id}@localhost"
+        self._password = secrets.token_urlsafe(24)
+
+    @property
+    def url(self) -> str:
+        """What oslo.messaging takes as ``transport_url``; contains the password."""
+        return f"rabbit://{USER}:{self._password}@{network.MGMT.address(0)}:{PORT}//"
+
+    def start(self) -> None:
+        """Start it in the background; :meth:`wait_ready` waits for it."""
+        home = self._directory / "home"
+        home.mkdir(parents=True, exist_ok=True)
+        _private(home / ".erlang.cookie", secrets.token_hex(20), 0o400)
+        _private(
+            self._directory / "rabbitmq.conf",
+            _CONFIGURATION.format(
+                address=network.MGMT.address(0), port=PORT, user=USER, password=self._password
+            ),
+        )
+        (self._directory / "enabled_plugins").write_text("[].\n")
+        self._ctl.spawn("rabbitmq", [str(_server())], self._environment(home))
+
+    def _environment(self, home: Path) -> dict[str, str]:
+        # One scheduler, and none that burns a core while it waits for work.
+        thrift = "+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none"
+        return {
+            "HOME": str(home),
+            "RABBITMQ_NODENAME": self._node,
+            "RABBITMQ_CONFIG_FILE": str(self._directory / "rabbitmq.conf"),
+            "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+            "RABBITMQ_MNESIA_BASE": str(self._directory / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self._directory / "log"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self._directory / "enabled_plugins"),
+            "RABBITMQ_PID_FILE": str(self._directory / "pid"),
+            "RABBITMQ_DIST_PORT": "25672",
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": thrift,
+        }
+
+    def wait_ready(self, timeout: float = 90.0) -> None:
+        """Return once it speaks AMQP: listeners open only after users and queues are there.
+
+        :raises LabError: it ended, or does not speak within ``timeout`` seconds.
+        """
+        process = self._ctl.processes["rabbitmq"]
+        deadline = time.monotonic() + timeout
+        while process.alive() and time.monotonic() < deadline:
+            if self._speaks():
+                return
+            time.sleep(0.05)
+        raise LabError(
+            f"RabbitMQ is not ready: {process.tail()}",
+            cure=f"See {process.log} and {self._directory}/log.",
+        )
+
+    def _speaks(self) -> bool:
+        try:
+            with self._ctl.dial(network.MGMT.address(0), PORT, 5) as connection:
+                connection.sendall(_HELLO)
+                return connection.recv(1) == b"\x01"  # a method frame: connection.start
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        """Let it close its queues and end; by force after 15 s."""
+        process = self._ctl.processes.pop("rabbitmq", None)
+        if process is not None:
+            process.stop(15)
+
+
+def _server() -> Path:
+    # Debian's /usr/sbin/rabbitmq-server insists on user rabbitmq and on /var/lib/rabbitmq.
+    found = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))
+    if not found:
+        raise LabError("RabbitMQ is not installed", cure="apt-get install rabbitmq-server")
+    return found[-1]
+
+
+def _private(path: Path, text: str, mode: int = 0o600) -> None:
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(fd, "w") as f:
+        f.write(text)

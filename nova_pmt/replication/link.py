@@ -1,0 +1,310 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""A framed connection that never blocks: frames queue up here and go out as the socket lets them.
+
+Used by one thread (an I/O loop), except :meth:`Link.send`, :meth:`Link.hold` and
+:meth:`Link.go_on`, which any thread may call. Reading and writing stay in one thread
+because OpenSSL does not allow two in one connection at the same time.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import selectors
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from nova_pmt import exception
+from nova_pmt.replication import tls
+from nova_pmt.replication.protocol import HEADER, Header, Type
+
+#: One send: small enough that a pause finds the thread free soon.
+SEND_BYTES = 256 << 10
+#: Buffers of a frame, and what to call when they were sent.
+Buffers = list[memoryview]
+
+
+class FrameHandler(Protocol):
+    """Whoever receives frames."""
+
+    def buffers(self, header: Header) -> Buffers:
+        """Where the payload shall go; sizes add up to ``header.length``.
+
+        :raises nova_pmt.exception.PeerError: the frame is not acceptable.
+        """
+
+    def frame(self, header: Header, payload: Buffers) -> None:
+        """A frame is complete."""
+
+
+class FrameReader:
+    """Puts frames together from whatever pieces come; free of sockets."""
+
+    def __init__(self, handler: FrameHandler) -> None:
+        self._handler = handler
+        self._head = bytearray(HEADER.size)
+        self._header: Header | None = None
+        self._payload: Buffers = []
+        self._todo: deque[memoryview] = deque((memoryview(self._head),))
+
+    def space(self) -> memoryview:
+        """Where the next bytes go."""
+        return self._todo[0]
+
+    def filled(self, count: int) -> None:
+        """``count`` bytes were put into :meth:`space`.
+
+        :raises nova_pmt.exception.PeerError: they are no frame that is acceptable here.
+        """
+        self._todo[0] = self._todo[0][count:]
+        while self._todo and not len(self._todo[0]):
+            self._todo.popleft()
+        if self._todo:
+            return
+        if self._header is None:
+            self._header = Header.unpack(self._head)
+            self._payload = self._handler.buffers(self._header) if self._header.length else []
+            self._todo.extend(view for view in self._payload if len(view))
+            if self._todo:
+                return
+        header, payload = self._header, self._payload
+        self._header, self._payload = None, []
+        self._todo.append(memoryview(self._head))
+        self._handler.frame(header, payload)
+
+
+class Outgoing(Protocol):
+    """A frame that waits to be sent; made into bytes when its turn comes."""
+
+    def begin(self) -> Buffers:
+        """The frame's bytes."""
+
+    def sent(self) -> None:
+        """All of it went out."""
+
+
+class RawFrame:
+    """A frame whose bytes are there already."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def begin(self) -> Buffers:
+        return [memoryview(self._data)]
+
+    def sent(self) -> None:
+        """Nothing to do."""
+
+
+class Link:
+    """See the module's text.
+
+    :param sock: connected; the link owns it from here on.
+    :param peer: the peer's name, for errors.
+    :param heartbeat_s: something is sent at least this often.
+    :param timeout_s: a peer that is silent for this long is lost.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        handler: FrameHandler,
+        *,
+        peer: str,
+        heartbeat_s: float,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._secure = isinstance(sock, ssl.SSLSocket)
+        self.peer = peer
+        self._reader = FrameReader(handler)
+        self._queue: deque[Outgoing] = deque()
+        self._current: Outgoing | None = None
+        self._parts: deque[memoryview] = deque()
+        self._held = False
+        self._heartbeat_s, self._timeout_s = heartbeat_s, timeout_s
+        self._clock = clock
+        self.last_received = self._last_sent = clock()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector: selectors.BaseSelector | None = None
+        self._interest = 0
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self._closed = False
+
+    # -- any thread ---------------------------------------------------------------------
+
+    def send(self, frame: Outgoing, *, urgent: bool = False) -> None:
+        """Queue a frame; an urgent one overtakes all that have not begun."""
+        if urgent:
+            self._queue.appendleft(frame)
+        else:
+            self._queue.append(frame)
+        self._poke()
+
+    def hold(self) -> None:
+        """Begin no further send: a pause begins."""
+        self._held = True
+
+    def go_on(self) -> None:
+        """The pause is over."""
+        self._held = False
+        self._poke()
+
+    def _poke(self) -> None:
+        if not self._closed:
+            os.eventfd_write(self._wake, 1)
+
+    # -- the I/O thread -----------------------------------------------------------------
+
+    def register(self, selector: selectors.BaseSelector) -> None:
+        """Take part in an I/O loop; key data is a callable that takes the event mask."""
+        self._selector = selector
+        self._interest = selectors.EVENT_READ
+        selector.register(self._sock, self._interest, self._on_socket)
+        selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
+
+    def _on_wake(self, _mask: int) -> None:
+        os.eventfd_read(self._wake)
+        self._write()
+
+    def _on_socket(self, mask: int) -> None:
+        if mask & selectors.EVENT_READ:
+            self._read()
+        if not self._closed:
+            self._write()
+
+    def _read(self) -> None:
+        try:
+            while not self._closed:
+                count = self._sock.recv_into(self._reader.space())
+                if not count:
+                    raise exception.PeerLost(f"{self.peer} closed the connection")
+                self.last_received = self._clock()
+                self.received_bytes += count
+                self._reader.filled(count)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return
+        except OSError as error:
+            raise tls.refused(error, self.peer) from error
+
+    def _write(self) -> None:
+        try:
+            while not self._held and self._next_part():
+                part = self._parts[0]
+                count = self._sock.send(part[:SEND_BYTES])
+                self.sent_bytes += count
+                self._last_sent = self._clock()
+                if count == len(part):
+                    self._parts.popleft()
+                else:
+                    self._parts[0] = part[count:]
+            self._want(selectors.EVENT_READ)
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            self._want(selectors.EVENT_READ | selectors.EVENT_WRITE)
+        except ssl.SSLWantReadError:
+            self._want(selectors.EVENT_READ)
+        except OSError as error:
+            raise tls.refused(error, self.peer) from error
+
+    def _next_part(self) -> bool:
+        """Whether there is something to send, beginning the next frame where needed."""
+        if self._parts:
+            return True
+        if self._current is not None:
+            done, self._current = self._current, None
+            done.sent()
+        if not self._queue:
+            return False
+        self._current = self._queue.popleft()
+        self._parts.extend(self._current.begin())
+        return True
+
+    def _want(self, interest: int) -> None:
+        if interest != self._interest and self._selector is not None:
+            self._interest = interest
+            self._selector.modify(self._sock, interest, self._on_socket)
+
+    def tick(self) -> float:
+        """Heartbeat and silence; call often.
+
+        :returns: seconds after which to call again at the latest.
+        :raises nova_pmt.exception.PeerLost: the peer was silent for too long.
+        """
+        now = self._clock()
+        silent = now - self.last_received
+        if silent > self._timeout_s:
+            raise exception.PeerLost(f"{self.peer} was silent for {silent * 1e3:.0f} ms")
+        if now - self._last_sent >= self._heartbeat_s and not self._queue and not self._parts:
+            self._last_sent = now
+            self.send(RawFrame(Header(Type.HEARTBEAT, 0).pack()))
+        return min(self._heartbeat_s / 2, self._timeout_s - silent)
+
+    def flush(self, timeout_s: float = 1.0) -> None:
+        """Send what is queued now, from the I/O thread; gives up after ``timeout_s``.
+
+        :raises nova_pmt.exception.PeerError: the connection is broken.
+        """
+        deadline = self._clock() + timeout_s
+        while not self._closed:
+            self._write()
+            left = deadline - self._clock()
+            if self.idle or left <= 0:
+                return
+            select.select([], [self._sock], [], left)
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was queued has gone to the kernel."""
+        return not self._queue and not self._parts and self._current is None
+
+    def close(self) -> None:
+        """Close the connection; what is queued is dropped."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._selector is not None:
+            self._selector.unregister(self._sock)
+            self._selector.unregister(self._wake)
+            self._selector = None
+        self._sock.close()
+        os.close(self._wake)
+
+
+def read_frame(sock: socket.socket) -> tuple[Header, bytes]:
+    """Read one frame from a blocking socket; for the handshake.
+
+    :raises nova_pmt.exception.PeerError: it did not come, or is none of ours.
+    """
+
+    def exactly(count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            part = sock.recv(count - len(data))
+            if not part:
+                raise exception.PeerLost("the peer closed the connection in the handshake")
+            data += part
+        return bytes(data)
+
+    try:
+        header = Header.unpack(exactly(HEADER.size))
+        return header, exactly(header.length)
+    except OSError as error:
+        raise tls.refused(error, "the peer") from error

@@ -1,0 +1,211 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Frames of the replication protocol, version 1.
+
+Each frame is a header of 24 bytes, big endian, and a payload::
+
+    0   2s   magic "PM"
+    2   u8   type
+    3   u8   flags: codec of the pages (0: as they are)
+    4   u32  length of the payload, in bytes
+    8   u64  epoch
+    16  u64  value; its meaning depends on the type
+
+===========  ====  ===========================================================================
+type         from  payload; epoch; value
+===========  ====  ===========================================================================
+HELLO        P     JSON: protocol, pair, layout. This frame never changes between versions
+WELCOME      S     JSON: protocol
+PRELUDE      P     head of the activation stream (ROMs)
+PAGES        P     value x int64 page numbers, little endian, then value x 4096 bytes; epoch
+COMMIT       P     xxh3_128 of the checkpoint (16 bytes), device state; epoch; pages sent in all
+COMMITTED    S     none; epoch
+HEARTBEAT    both  none
+BYE          both  JSON: reason. From P: protection ends, the primary goes on; S answers in kind
+GUEST_DIED   P     JSON: reason. The primary's QEMU has ended: the standby may go on
+SWITCHOVER   P     none; epoch of the final checkpoint: the standby shall go on
+ACTIVATED    S     JSON: times. The standby runs
+ERROR        both  JSON: code, message, cure; the connection ends
+===========  ====  ===========================================================================
+
+The checksum covers page numbers, pages and device state in the order in which they were
+sent. It is not a defence against people (TLS is) but against memory, firmware and ourselves.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from nova_pmt import exception
+from nova_pmt.checkpoint.interfaces import PAGE_SIZE
+
+VERSION = 1
+MAGIC = b"PM"
+HEADER = struct.Struct("!2sBBIQQ")
+DIGEST_BYTES = 16
+MAX_PAGES = 256
+NUMBER_BYTES = 8
+
+
+class Type(enum.IntEnum):
+    """Frame types."""
+
+    HELLO = 1
+    WELCOME = 2
+    PRELUDE = 3
+    PAGES = 4
+    COMMIT = 5
+    COMMITTED = 6
+    HEARTBEAT = 7
+    BYE = 8
+    GUEST_DIED = 9
+    SWITCHOVER = 10
+    ACTIVATED = 11
+    ERROR = 12
+
+
+_JSON_LIMIT = 1 << 16
+#: Longest payload of each type.
+LIMITS: dict[Type, int] = {
+    Type.HELLO: _JSON_LIMIT,
+    Type.WELCOME: _JSON_LIMIT,
+    Type.PRELUDE: 256 << 20,
+    Type.PAGES: MAX_PAGES * (NUMBER_BYTES + PAGE_SIZE),
+    Type.COMMIT: (64 << 20) + DIGEST_BYTES,
+    Type.COMMITTED: 0,
+    Type.HEARTBEAT: 0,
+    Type.BYE: _JSON_LIMIT,
+    Type.GUEST_DIED: _JSON_LIMIT,
+    Type.SWITCHOVER: 0,
+    Type.ACTIVATED: _JSON_LIMIT,
+    Type.ERROR: _JSON_LIMIT,
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """A frame's header; see the module's text."""
+
+    type: Type
+    length: int
+    epoch: int = 0
+    value: int = 0
+    flags: int = 0
+
+    def pack(self) -> bytes:
+        return HEADER.pack(MAGIC, self.type, self.flags, self.length, self.epoch, self.value)
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray | memoryview) -> Header:
+        """Parse and check a header.
+
+        :raises nova_pmt.exception.ProtocolMismatch: it is not one of ours.
+        """
+        magic, kind, flags, length, epoch, value = HEADER.unpack(data)
+        if magic != MAGIC:
+            raise exception.ProtocolMismatch("the peer does not speak the replication protocol")
+        try:
+            known = Type(kind)
+        except ValueError:
+            raise exception.ProtocolMismatch(f"unknown frame type {kind}") from None
+        if length > LIMITS[known]:
+            raise exception.ProtocolMismatch(f"{known.name} frame of {length} bytes")
+        if known is Type.PAGES and (
+            not 0 < value <= MAX_PAGES or length != value * (NUMBER_BYTES + PAGE_SIZE)
+        ):
+            raise exception.ProtocolMismatch(f"PAGES frame of {length} bytes for {value} pages")
+        if known is Type.COMMIT and length < DIGEST_BYTES:
+            raise exception.ProtocolMismatch(f"COMMIT frame of {length} bytes")
+        if flags:
+            raise exception.ProtocolMismatch(f"frame with unknown flags {flags:#x}")
+        return cls(known, length, epoch, value, flags)
+
+
+def pack_json(kind: Type, data: dict[str, Any], epoch: int = 0) -> bytes:
+    """A whole frame with a JSON payload."""
+    payload = json.dumps(data, separators=(",", ":")).encode()
+    if len(payload) > LIMITS[kind]:
+        raise ValueError(f"{kind.name} payload of {len(payload)} bytes")
+    return Header(kind, len(payload), epoch).pack() + payload
+
+
+def unpack_json(payload: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """The object in a JSON payload.
+
+    :raises nova_pmt.exception.ProtocolMismatch: it is not one.
+    """
+    try:
+        data = json.loads(bytes(payload))
+    except ValueError as error:
+        raise exception.ProtocolMismatch("payload is not JSON") from error
+    if not isinstance(data, dict):
+        raise exception.ProtocolMismatch("payload is not a JSON object")
+    return data
+
+
+class Digest:
+    """Checksum over one checkpoint."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+        self.pages = 0
+
+    def add_pages(self, numbers: Any, data: Any, count: int) -> None:
+        """Page numbers (as bytes) and contents of one PAGES frame."""
+        self._state.update(numbers)
+        self._state.update(data)
+        self.pages += count
+
+    def finish(self, device_state: bytes | memoryview) -> bytes:
+        """The checksum; the object is ready for the next checkpoint after it."""
+        self._state.update(device_state)
+        value = self._state.digest()
+        self._state.reset()
+        self.pages = 0
+        return value
+
+
+def hello(pair: dict[str, Any], layout: list[dict[str, Any]]) -> bytes:
+    """The first frame of a primary."""
+    return pack_json(
+        Type.HELLO,
+        {"protocol": VERSION, "page_size": PAGE_SIZE, "pair": pair, "layout": layout},
+    )
+
+
+def check_hello(data: dict[str, Any], pair: dict[str, Any], layout: list[dict[str, Any]]) -> None:
+    """See that the primary means the pair that this standby waits for.
+
+    :raises nova_pmt.exception.ProtocolMismatch: other version.
+    :raises nova_pmt.exception.PairMismatch: other pair, generation or memory layout.
+    """
+    if data.get("protocol") != VERSION or data.get("page_size") != PAGE_SIZE:
+        raise exception.ProtocolMismatch(
+            f"primary speaks protocol {data.get('protocol')!r}, this standby {VERSION}"
+        )
+    theirs = data.get("pair")
+    if not isinstance(theirs, dict):
+        raise exception.ProtocolMismatch("HELLO names no pair")
+    for key in ("uuid", "generation", "primary_host", "standby_host"):
+        if theirs.get(key) != pair[key]:
+            raise exception.PairMismatch(
+                f"primary says {key} {theirs.get(key)!r}, this standby waits for {pair[key]!r}"
+            )
+    if data.get("layout") != layout:
+        raise exception.PairMismatch("primary and standby differ in memory layout")

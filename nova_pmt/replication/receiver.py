@@ -1,0 +1,185 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The standby's end: stages checkpoints in memory and commits them whole, or not at all.
+
+A checkpoint touches the image only after every page of it is here and its checksum is right.
+Checkpoint 1 is the exception that is none: it goes straight into the image, which no
+commit has made valid yet; a standby whose checkpoint 1 fails is thrown away with its image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from nova_pmt import exception, faultpoint
+from nova_pmt.checkpoint.cache import SLAB_PAGES, SlabCache
+from nova_pmt.checkpoint.interfaces import PageNumbers, Pages
+from nova_pmt.checkpoint.statistics import RING, percentiles
+from nova_pmt.replication.link import Buffers
+from nova_pmt.replication.protocol import (
+    DIGEST_BYTES,
+    MAX_PAGES,
+    NUMBER_BYTES,
+    Digest,
+    Header,
+)
+
+assert MAX_PAGES <= SLAB_PAGES  # a PAGES frame fits into one slab
+
+
+class Image(Protocol):
+    """What committed checkpoints are written to."""
+
+    page_count: int
+
+    def write(self, numbers: PageNumbers, data: Pages) -> None:
+        """Put pages in place."""
+
+
+class Receiver:
+    """Stages, verifies, commits, applies.
+
+    Implements :class:`nova_pmt.replication.link.FrameHandler` for PAGES and COMMIT frames;
+    the standby hands it those.
+
+    :param staging: where checkpoints wait.
+    :param acknowledge: called with the epoch when it is whole and verified; before it is applied.
+    :param check_state: raises when a device state is not one.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        staging: SlabCache,
+        acknowledge: Callable[[int], None],
+        check_state: Callable[[bytes], None],
+    ) -> None:
+        self._image = image
+        self._staging = staging
+        self._acknowledge = acknowledge
+        self._check_state = check_state
+        self._numbers: PageNumbers = np.zeros((staging.limit_slabs, SLAB_PAGES), np.int64)
+        self._staged: list[tuple[int, int]] = []  # slab, pages
+        self._filling = -1
+        self._digest = Digest()
+        self.committed = 0
+        self.device_state = b""
+        self._apply_ms = np.zeros(RING, np.float64)
+        self._applied = 0
+
+    def buffers(self, header: Header) -> Buffers:
+        """Where a PAGES frame goes: a slab of its own.
+
+        :raises nova_pmt.exception.CheckpointCorrupt: not the epoch that is due.
+        """
+        if header.epoch != self.committed + 1:
+            raise exception.CheckpointCorrupt(
+                f"pages of checkpoint {header.epoch}, but {self.committed + 1} is due"
+            )
+        slab = self._staging.take()
+        if slab is None:
+            self._staging.grow(4)
+            slab = self._staging.take()
+        if slab is None:
+            raise exception.PeerError(
+                "the standby has no memory left to stage this checkpoint",
+                code="STAGING_FULL",
+                cure="Give the standby host more free memory; the pair is made anew by itself.",
+            )
+        self._filling = slab
+        first = slab * SLAB_PAGES
+        numbers = memoryview(self._numbers[slab, : header.value]).cast("B")
+        data = memoryview(self._staging.pages[first : first + header.value]).cast("B")
+        assert len(numbers) == header.value * NUMBER_BYTES
+        return [numbers, data]
+
+    def pages(self, header: Header, payload: Buffers) -> None:
+        """A PAGES frame is complete.
+
+        :raises nova_pmt.exception.CheckpointCorrupt: it names pages that there are not.
+        """
+        slab, self._filling = self._filling, -1
+        numbers = self._numbers[slab, : header.value]
+        if int(numbers.min()) < 0 or int(numbers.max()) >= self._image.page_count:
+            raise exception.CheckpointCorrupt(
+                f"page number out of range in checkpoint {header.epoch}"
+            )
+        self._digest.add_pages(payload[0], payload[1], header.value)
+        self._staged.append((slab, header.value))
+        faultpoint.reach("standby.staging")
+        if not self.committed:
+            self._apply()
+
+    def commit(self, header: Header, payload: bytes | memoryview) -> None:
+        """A COMMIT frame is complete: verify, acknowledge, apply.
+
+        :raises nova_pmt.exception.CheckpointCorrupt: the checkpoint is not whole; the
+            image is as the last commit left it.
+        """
+        if header.epoch != self.committed + 1:
+            raise exception.CheckpointCorrupt(
+                f"commit of checkpoint {header.epoch}, but {self.committed + 1} is due"
+            )
+        state = bytes(payload[DIGEST_BYTES:])
+        pages = self._digest.pages
+        digest = self._digest.finish(state)
+        if digest != bytes(payload[:DIGEST_BYTES]) or pages != header.value:
+            raise exception.CheckpointCorrupt(
+                f"checksum of checkpoint {header.epoch} is wrong ({pages} of {header.value} pages)"
+            )
+        try:
+            self._check_state(state)
+        except exception.VmstateError as error:
+            raise exception.CheckpointCorrupt(
+                f"device state of checkpoint {header.epoch}: {error.message}"
+            ) from error
+        faultpoint.reach("standby.verified")
+        self.committed = header.epoch
+        self.device_state = state
+        self._acknowledge(header.epoch)
+        faultpoint.reach("standby.acknowledged")
+        used = len(self._staged)
+        start = time.perf_counter()
+        self._apply()
+        self._apply_ms[self._applied % RING] = (time.perf_counter() - start) * 1e3
+        self._applied += 1
+        self._staging.adapt(used)
+        faultpoint.reach("standby.applied")
+
+    def _apply(self) -> None:
+        for slab, count in self._staged:
+            first = slab * SLAB_PAGES
+            self._image.write(
+                self._numbers[slab, :count], self._staging.pages[first : first + count]
+            )
+        self._staging.give_back(slab for slab, _ in self._staged)
+        self._staged.clear()
+
+    def discard(self) -> None:
+        """Throw away what is staged of a checkpoint that was cut short."""
+        self._staging.give_back(slab for slab, _ in self._staged)
+        self._staged.clear()
+        self._digest = Digest()
+
+    def summary(self) -> dict[str, object]:
+        """The part of a standby's status that comes from here."""
+        applied = self._apply_ms[: min(self._applied, RING)]
+        return {
+            "committed": self.committed,
+            "apply_ms": percentiles(applied),
+            "staging_mib": self._staging.backed_slabs * SLAB_PAGES * 4096 / (1 << 20),
+        }

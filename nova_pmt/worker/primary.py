@@ -1,0 +1,540 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The primary worker: protects one running guest.
+
+Two threads that matter. The main thread runs the rounds. The I/O thread owns the link, the
+agent's socket and the watch on QEMU; what it learns it posts to the main thread. Only it
+computes checksums, encrypts and sends, and it begins nothing while a pause lasts.
+
+How it can end, and who then goes on, is decided here and nowhere else:
+
+* on request, or for a fault of ours: the standby is told, and answers; if it does not answer the
+  arbiter is asked. The guest runs on, untouched.
+* the peer is lost: the arbiter is asked. Won: the guest runs on alone. Lost: the standby took
+  over; this domain is destroyed. Nobody to ask: the guest is held until there is.
+* QEMU died: the standby is told at once, and goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from oslo_log import log
+
+from nova_pmt import exception, faultpoint
+from nova_pmt.agent.control import Lines, PrimarySpec
+from nova_pmt.arbiter.load import load as load_arbiter
+from nova_pmt.checkpoint.cache import SLAB_BYTES, SlabCache
+from nova_pmt.checkpoint.loop import Loop
+from nova_pmt.checkpoint.round import Checkpointer
+from nova_pmt.checkpoint.statistics import RoundRecord
+from nova_pmt.checkpoint.strategies.base import Strategy, StrategyOptions
+from nova_pmt.guest import domain as guest_domain
+from nova_pmt.guest import layout as guest_layout
+from nova_pmt.guest import prelude, vmstate
+from nova_pmt.guest.execution import make_execution
+from nova_pmt.guest.memory import TrackedMemory
+from nova_pmt.guest.tracker import MemoryTracker
+from nova_pmt.plugins import load_class
+from nova_pmt.replication import protocol, tls
+from nova_pmt.replication.link import Buffers, Link, RawFrame, read_frame
+from nova_pmt.replication.protocol import Header, Type
+from nova_pmt.replication.sender import Sender
+from nova_pmt.worker import io, pausing
+
+LOG = log.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 10.0
+BYE_TIMEOUT_S = 1.0
+ACTIVATION_TIMEOUT_S = 15.0
+FINAL_COMMIT_TIMEOUT_S = 30.0
+STATS_EVERY_S = 0.5
+ARBITER_RETRY_S = 0.5
+MIB = 1 << 20
+
+
+class _Unprotect(Exception):
+    """Somebody wants protection to end."""
+
+
+class _Switchover(Exception):
+    """Somebody wants the standby to go on."""
+
+
+class Primary:
+    """See the module's text.
+
+    :param agent: socket to the agent.
+    """
+
+    def __init__(self, conf: Any, spec: PrimarySpec, agent: socket.socket, lines: Lines) -> None:
+        self._conf = conf
+        self._spec = spec
+        self._pair = spec.pair
+        self._selector = selectors.DefaultSelector()
+        self.agent = io.AgentChannel(agent, lines, self._on_command, self._on_agent_gone)
+        self.agent.register(self._selector)
+        self._arbiter = load_arbiter(conf)
+        self._link: Link | None = None
+        self._loop: Loop | None = None
+        self._checkpointer: Checkpointer | None = None
+        self._answers: dict[Type, dict[str, Any]] = {}
+        self._answered = threading.Condition()
+        self._ended = threading.Event()
+        self._pending: list[Callable[[], None]] = []
+        self._link_failure: exception.PeerError | None = None
+        self._progress_at = 0.0
+        self._cache_peak_mib = 0.0
+        self._last_commit = time.monotonic()
+        self._rate = (time.monotonic(), 0, 0.0)
+
+    # -- frames from the standby (I/O thread) -------------------------------------------
+
+    def buffers(self, header: Header) -> Buffers:
+        """Every payload that a standby sends is small."""
+        return [memoryview(bytearray(header.length))]
+
+    def frame(self, header: Header, payload: Buffers) -> None:
+        """A frame from the standby."""
+        if header.type is Type.COMMITTED:
+            epoch = header.epoch
+            self._post(lambda: self._on_committed(epoch))
+        elif header.type in (Type.BYE, Type.ACTIVATED, Type.ERROR):
+            data = protocol.unpack_json(payload[0]) if payload else {}
+            with self._answered:
+                self._answers[header.type] = data
+                self._answered.notify_all()
+            if header.type is Type.ERROR:
+                error = exception.from_dict(data)
+                raise exception.PeerError(error.message, code=error.code, cure=error.cure)
+            if header.type is Type.BYE:
+                raise exception.PeerLost(f"the standby ended: {data.get('reason', 'no reason')}")
+        elif header.type is not Type.HEARTBEAT:
+            raise exception.ProtocolMismatch(f"standby sent a {header.type.name} frame")
+
+    def _on_committed(self, epoch: int) -> None:
+        self._last_commit = time.monotonic()
+        assert self._checkpointer is not None
+        self._checkpointer.commit(epoch)
+
+    # -- the I/O thread -----------------------------------------------------------------
+
+    def _post(self, handler: Callable[[], None]) -> None:
+        """Have the main thread do something between two steps."""
+        if self._checkpointer is not None:
+            self._checkpointer.post(handler)
+        else:
+            self._pending.append(handler)
+
+    def _post_failure(self, error: BaseException) -> None:
+        def fail() -> None:
+            raise error
+
+        self._post(fail)
+
+    def _on_command(self, message: dict[str, Any]) -> None:
+        command = message.get("command")
+        if command == "unprotect":
+            self._post_failure(_Unprotect("on request"))
+        elif command == "switchover":
+            self._post_failure(_Switchover())
+        else:
+            LOG.warning("%s: agent sent unknown command %r", self._pair.uuid, command)
+
+    def _on_agent_gone(self) -> None:
+        self._post_failure(_Unprotect("nova-pmt-agent has ended"))
+
+    def _on_qemu_end(self) -> None:
+        self._post_failure(exception.GuestGone("QEMU has ended"))
+
+    def _run_io(self) -> None:
+        next_stats = time.monotonic() + STATS_EVERY_S
+        while not self._ended.is_set():
+            try:
+                wait = 0.1
+                if self._link is not None and self._link_failure is None:
+                    wait = max(0.001, self._link.tick())
+                io.dispatch(self._selector, min(wait, 0.1))
+                if time.monotonic() >= next_stats:
+                    next_stats = time.monotonic() + STATS_EVERY_S
+                    self._tell_stats()
+            except exception.PeerError as error:
+                self._lose_link(error)
+            except Exception as error:
+                LOG.exception("%s: I/O failed", self._pair.uuid)
+                self._lose_link(exception.PeerError(f"I/O with the standby failed: {error}"))
+
+    def _lose_link(self, error: exception.PeerError) -> None:
+        if self._link_failure is not None:
+            return
+        self._link_failure = error
+        if self._link is not None:
+            self._link.close()
+        with self._answered:
+            self._answered.notify_all()
+        self._post_failure(error)
+
+    def _tell_stats(self) -> None:
+        checkpointer, loop, link = self._checkpointer, self._loop, self._link
+        if checkpointer is None or loop is None or link is None:
+            return
+        now, sent = time.monotonic(), link.sent_bytes
+        then, before, _ = self._rate
+        self._rate = (now, sent, (sent - before) / max(now - then, 1e-3))
+        cache, stats = checkpointer.cache, checkpointer.statistics.summary()
+        mib = SLAB_BYTES / MIB
+        self.agent.tell(
+            "stats",
+            epoch=checkpointer.epoch,
+            committed=checkpointer.committed,
+            in_flight=checkpointer.in_flight,
+            strategy=self._spec.strategy,
+            interval_ms=round(loop.strategy.interval_s * 1e3, 3),
+            throttled=checkpointer.throttled,
+            bytes_per_s=round(self._rate[2]),
+            sent_bytes=sent,
+            cache={
+                "used_mib": cache.used_slabs * mib,
+                "backed_mib": cache.backed_slabs * mib,
+                "peak_mib": cache.peak_slabs * mib,
+                "limit_mib": cache.limit_slabs * mib,
+            },
+            last_commit_age_ms=round((now - self._last_commit) * 1e3, 1),
+            guest_running=loop.guest_running,
+            output_commit=False,
+            disks=[],
+            **stats,
+        )
+
+    # -- the main thread ----------------------------------------------------------------
+
+    def run(self) -> int:
+        """Protect the guest until protection ends. Returns the process's exit status."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._ended.set)
+            thread = threading.Thread(target=self._run_io, name="io", daemon=True)
+            thread.start()
+            try:
+                connection = guest_domain.connect(self._conf.guest.libvirt_uri)
+                stack.callback(connection.close)
+                self._domain = guest_domain.Domain.find(connection, self._pair.uuid)
+                self._pid = self._domain.pid()
+                self._protect(stack)
+            except exception.PmtError as error:
+                # Only what fails before the standby could ever take over comes here.
+                self._end_with_error(error)
+            self._ended.set()
+            thread.join(2.0)
+        return 0
+
+    def _end_with_error(self, error: exception.PmtError) -> None:
+        LOG.error("%s: %s", self._pair.uuid, error)
+        self.agent.tell("error", error=error.to_dict())
+        self._state("error", error.message)
+
+    def _state(self, state: str, reason: str, **details: Any) -> None:
+        LOG.info(
+            "%s: generation %d is %s: %s", self._pair.uuid, self._pair.generation, state, reason
+        )
+        self.agent.tell("state", state=state, reason=reason, details=details)
+
+    def _connect(self) -> socket.socket:
+        peer = self._pair.standby_host
+        try:
+            sock = socket.create_connection(
+                (self._spec.address, self._spec.port), HANDSHAKE_TIMEOUT_S
+            )
+        except OSError as error:
+            raise exception.PeerLost(
+                f"standby on {peer} ({self._spec.address}:{self._spec.port}) "
+                f"cannot be reached: {error}"
+            ) from error
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return tls.connect(self._conf, sock, peer)
+
+    def _handshake(self, sock: socket.socket, layout: guest_layout.Layout) -> None:
+        blocks = [block.to_dict() for block in layout.blocks]
+        try:
+            sock.sendall(protocol.hello(asdict(self._pair), blocks))
+        except OSError as error:
+            raise tls.refused(error, self._pair.standby_host) from error
+        header, payload = read_frame(sock)
+        data = protocol.unpack_json(payload)
+        if header.type is Type.ERROR:
+            raise exception.from_dict(data)
+        if header.type is not Type.WELCOME or data.get("protocol") != protocol.VERSION:
+            raise exception.ProtocolMismatch(f"standby answered HELLO with {header.type.name}")
+
+    def _protect(self, stack: contextlib.ExitStack) -> None:
+        conf, spec = self._conf, self._spec
+        directory = guest_domain.guest_directory(
+            conf.guest.runtime_directory, self._pair.uuid, self._pid
+        )
+        monitor = stack.enter_context(self._domain.monitor(conf.guest.runtime_directory))
+        self._monitor = monitor
+        layout = guest_layout.discover(monitor)
+        prelude.check(monitor)
+        sock = self._connect()
+        try:
+            self._handshake(sock, layout)
+            self._link = Link(
+                sock,
+                self,
+                peer=self._pair.standby_host,
+                heartbeat_s=conf.replication.heartbeat_ms / 1e3,
+                timeout_s=conf.replication.peer_timeout_ms / 1e3,
+            )
+        except BaseException:
+            sock.close()
+            raise
+        stack.callback(self._link.close)
+        self._state("syncing", f"first synchronisation to {self._pair.standby_host}")
+        tracker_class = load_class(
+            "nova_pmt.memory_trackers", conf.checkpoint.memory_tracker, MemoryTracker
+        )
+        tracker_class.check()
+        tracker = tracker_class(self._pid, layout, threads=conf.checkpoint.scan_threads)
+        taken = prelude.take(monitor, layout, directory)
+        faultpoint.reach("sync.prelude")
+        tracker.attach()
+        self._tracker = tracker
+        self._stack = stack
+        faultpoint.reach("sync.attached")
+        memory = TrackedMemory(layout, self._pid, tracker)
+        stack.callback(memory.close)
+        self._execution = make_execution(monitor, directory)
+        stack.callback(self._execution.close)
+        limit = int(spec.options.get("cache_limit_mib", conf.checkpoint.cache_limit_mib))
+        cache = SlabCache(limit * MIB)
+        stack.callback(cache.close)
+        strategy = load_class("nova_pmt.strategies", spec.strategy, Strategy)(
+            StrategyOptions(
+                interval_ms=spec.options.get("interval_ms", conf.checkpoint.interval_ms),
+                max_pause_ms=spec.options.get("max_pause_ms", conf.checkpoint.max_pause_ms),
+                passes=int(spec.options.get("passes", conf.checkpoint.passes)),
+            )
+        )
+        self._checkpointer = Checkpointer(
+            memory, self._execution, Sender(self._link), cache, on_round=self._on_round(strategy)
+        )
+        for handler in self._pending:  # what came before there was someone to post it to
+            self._checkpointer.post(handler)
+        self._loop = Loop(
+            self._checkpointer, self._execution, strategy, depth=conf.checkpoint.pipeline_depth
+        )
+        head = vmstate.activation_head(taken)
+        self._link.send(RawFrame(Header(Type.PRELUDE, len(head)).pack() + head))
+        self._link.register(self._selector)
+        io.watch_process(self._selector, self._pid, self._on_qemu_end)
+        self._link.go_on()  # wakes the I/O thread
+        self._rounds()
+
+    def _on_round(self, strategy: Strategy) -> Callable[[RoundRecord], None]:
+        return strategy.observe
+
+    def _progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._progress_at < 0.2 and done < total:
+            return
+        self._progress_at = now
+        assert self._link is not None
+        self.agent.tell(
+            "progress", done_pages=done, total_pages=total, sent_bytes=self._link.sent_bytes
+        )
+
+    def _rounds(self) -> None:
+        """Rounds until something ends them; then decide who goes on."""
+        assert self._loop is not None
+        pausing.prepare()
+        try:
+            self._loop.synchronise(self._progress)
+            self._state("protected", "first checkpoint committed", epoch=1)
+            while True:
+                self._loop.run()
+        except _Unprotect as request:
+            self._leave(str(request), "unprotected")
+        except _Switchover:
+            self._switchover()
+        except exception.PeerError as error:
+            self.agent.tell("error", error=error.to_dict())
+            self._claim_or_yield(error.message)
+        except exception.GuestGone as error:
+            self._guest_gone(error)
+        except Exception as error:
+            LOG.exception("%s: protection failed", self._pair.uuid)
+            typed = (
+                error
+                if isinstance(error, exception.PmtError)
+                else exception.GuestError(f"{type(error).__name__}: {error}")
+            )
+            if self._qemu_ended():
+                self._guest_gone(exception.GuestGone(typed.message))
+                return
+            self.agent.tell("error", error=typed.to_dict())
+            self._leave(typed.message, "primary_alone")
+
+    def _qemu_ended(self) -> bool:
+        try:
+            return not self._domain.pid()
+        except exception.NotRunning:
+            return True
+
+    # -- endings ------------------------------------------------------------------------
+
+    def _wait_answer(self, kinds: tuple[Type, ...], timeout_s: float) -> Type | None:
+        """Wait for one of these frames; None when the link broke or the time is over."""
+        deadline = time.monotonic() + timeout_s
+        with self._answered:
+            while True:
+                for kind in kinds:
+                    if kind in self._answers:
+                        return kind
+                left = deadline - time.monotonic()
+                if left <= 0 or self._link_failure is not None:
+                    return None
+                self._answered.wait(left)
+
+    def _disarm(self) -> None:
+        """Take the tracker out of QEMU."""
+        try:
+            self._tracker.detach()
+        except (exception.PmtError, OSError) as error:
+            LOG.warning("%s: userfaultfd stays in QEMU until it ends: %s", self._pair.uuid, error)
+
+    def _leave(self, reason: str, state: str) -> None:
+        """End protection; the guest runs on. The standby must know, or have lost."""
+        assert self._link is not None
+        self._disarm()
+        self._link.send(RawFrame(protocol.pack_json(Type.BYE, {"reason": reason})))
+        if self._wait_answer((Type.BYE,), BYE_TIMEOUT_S) is Type.BYE:
+            self._state(state, reason)
+            return
+        self._claim_or_yield(reason, state)
+
+    def _claim_or_yield(self, reason: str, state: str = "primary_alone") -> None:
+        """The standby may or may not live: whoever claims first goes on."""
+        held = False
+        while True:
+            try:
+                won = self._arbiter.claim(self._pair.uuid, self._pair.generation, "primary")
+                break
+            except exception.ArbiterUnavailable as error:
+                if self._forced():
+                    LOG.warning("%s: let go without the arbiter, on request", self._pair.uuid)
+                    won = True
+                    break
+                if not held:
+                    # Neither peer nor arbiter: the standby may be running. Nothing of ours may
+                    # reach the world; without an egress buffer that means to hold the guest.
+                    held = True
+                    LOG.error("%s: guest is held: %s", self._pair.uuid, error)
+                    self.agent.tell("error", error=error.to_dict())
+                    with contextlib.suppress(exception.GuestError):
+                        self._monitor.execute("stop")
+                time.sleep(ARBITER_RETRY_S)
+        if not won:
+            self._yield(reason)
+            return
+        if held:
+            self._execution.resume()
+        self._disarm()
+        self._state(state, reason)
+
+    def _forced(self) -> bool:
+        """Whether the operator wants the guest to run whatever the arbiter says."""
+        assert self._checkpointer is not None
+        try:
+            self._checkpointer.pump()
+        except _Unprotect:
+            return True
+        except (exception.PmtError, _Switchover):
+            return False
+        return False
+
+    def _yield(self, reason: str, **details: Any) -> None:
+        """The standby goes on: end this domain."""
+        with contextlib.suppress(exception.GuestError):
+            self._domain.destroy()
+        self._state("standby_active", reason, **details)
+
+    def _guest_gone(self, error: exception.GuestGone) -> None:
+        assert self._link is not None
+        detected = time.monotonic()
+        if self._monitor.saw_event("SHUTDOWN"):
+            # Told to by its owner, by the guest itself or by libvirt: not a failure.
+            self._link.send(
+                RawFrame(protocol.pack_json(Type.BYE, {"reason": "the guest was shut down"})),
+                urgent=True,
+            )
+            self._wait_answer((Type.BYE,), BYE_TIMEOUT_S)
+            self._state("ended", "the guest was shut down")
+            return
+        self._link.send(
+            RawFrame(protocol.pack_json(Type.GUEST_DIED, {"reason": error.message})), urgent=True
+        )
+        self._state("failing_over", error.message, detected_at=detected)
+        answer = self._wait_answer((Type.ACTIVATED, Type.ERROR, Type.BYE), ACTIVATION_TIMEOUT_S)
+        if answer is Type.ACTIVATED:
+            self._state("standby_active", error.message, **self._answers[Type.ACTIVATED])
+            return
+        self.agent.tell("error", error=error.to_dict())
+        self._state("error", f"{error.message}; the standby did not say that it goes on")
+
+    def _switchover(self) -> None:
+        """Planned: a final round, then the standby goes on. Nothing is lost."""
+        assert self._loop is not None and self._link is not None and self._checkpointer is not None
+        self._state("failing_over", "planned switchover")
+        started = time.monotonic()
+        try:
+            self._loop.final_round(FINAL_COMMIT_TIMEOUT_S)
+        except _Unprotect as request:
+            self._leave(str(request), "unprotected")
+            return
+        except exception.PeerError as error:
+            self._claim_or_yield(error.message)
+            return
+        except exception.GuestGone as error:
+            self._guest_gone(error)
+            return
+        except exception.PmtError as error:
+            self.agent.tell("error", error=error.to_dict())
+            self._leave(error.message, "primary_alone")
+            return
+        faultpoint.reach("switchover.committed")
+        paused = time.monotonic()
+        epoch = self._checkpointer.committed
+        self._link.send(RawFrame(Header(Type.SWITCHOVER, 0, epoch).pack()))
+        faultpoint.reach("switchover.ordered")
+        answer = self._wait_answer((Type.ACTIVATED, Type.ERROR, Type.BYE), ACTIVATION_TIMEOUT_S)
+        if answer is Type.ACTIVATED:
+            times = dict(self._answers[Type.ACTIVATED])
+            times["final_round_ms"] = round((paused - started) * 1e3, 1)
+            self._yield("planned switchover", **times)
+            return
+        try:
+            won = self._arbiter.claim(self._pair.uuid, self._pair.generation, "primary")
+        except exception.ArbiterUnavailable:
+            self._claim_or_yield("the standby did not go on in a planned switchover")
+            return
+        if not won:
+            self._yield("planned switchover; the standby's answer was lost")
+            return
+        self._execution.resume()
+        self._leave("the standby could not go on in a planned switchover", "primary_alone")

@@ -1,0 +1,442 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The standby worker: a waiting domain, its image, and the decision to go on.
+
+One thread. It listens for its primary, takes checkpoints in, and when the primary is lost asks the
+arbiter: won, it loads the last committed state into its QEMU and runs; lost, it ends its domain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import time
+from dataclasses import asdict
+from typing import Any
+
+import libvirt
+from oslo_log import log
+
+from nova_pmt import exception, faultpoint
+from nova_pmt.agent.control import Lines, StandbySpec
+from nova_pmt.arbiter.load import load as load_arbiter
+from nova_pmt.checkpoint.cache import SlabCache
+from nova_pmt.guest import domain as guest_domain
+from nova_pmt.guest.layout import Layout, TrackedBlock
+from nova_pmt.guest.vmstate import check_device_state
+from nova_pmt.replication import protocol, tls
+from nova_pmt.replication.link import Buffers, Link, RawFrame, read_frame
+from nova_pmt.replication.protocol import Header, Type
+from nova_pmt.replication.receiver import Receiver
+from nova_pmt.standby import activation, domainxml
+from nova_pmt.standby.image import StandbyImage
+from nova_pmt.worker import io
+
+LOG = log.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 5.0
+STATS_EVERY_S = 0.5
+ARBITER_RETRY_S = 0.5
+STAGING_EXTRA_BYTES = 64 << 20
+
+
+class _Cancelled(Exception):
+    """The primary goes on without us."""
+
+
+class _GoOn(Exception):
+    """This side may have to go on.
+
+    :param certain: the primary's QEMU is known to have ended, or ordered us to go on.
+    """
+
+    def __init__(self, reason: str, certain: bool) -> None:
+        super().__init__(reason)
+        self.certain = certain
+
+
+class Standby:
+    """See the module's text."""
+
+    def __init__(self, conf: Any, spec: StandbySpec, agent: socket.socket, lines: Lines) -> None:
+        self._conf = conf
+        self._spec = spec
+        self._pair = spec.pair
+        self._layout = Layout(tuple(TrackedBlock.from_dict(block) for block in spec.layout))
+        self._selector = selectors.DefaultSelector()
+        self.agent = io.AgentChannel(agent, lines, self._on_command, self._on_agent_gone)
+        self._arbiter = load_arbiter(conf)
+        self._link: Link | None = None
+        self._receiver: Receiver | None = None
+        self._head = b""
+        self._protected = False
+        self._since = 0.0
+
+    # -- frames from the primary --------------------------------------------------------
+
+    def buffers(self, header: Header) -> Buffers:
+        """Where a payload goes."""
+        assert self._receiver is not None
+        if header.type is Type.PAGES:
+            return self._receiver.buffers(header)
+        return [memoryview(bytearray(header.length))]
+
+    def frame(self, header: Header, payload: Buffers) -> None:
+        """A frame from the primary is complete."""
+        assert self._receiver is not None
+        kind = header.type
+        if kind is Type.PAGES:
+            self._receiver.pages(header, payload)
+        elif kind is Type.COMMIT:
+            if not self._head:
+                raise exception.ProtocolMismatch("primary sent a commit before the prelude")
+            self._receiver.commit(header, payload[0])
+            if not self._protected:
+                self._protected = True
+                self._state("protected", "first checkpoint committed", epoch=header.epoch)
+        elif kind is Type.PRELUDE:
+            self._head = bytes(payload[0])
+        elif kind is Type.BYE:
+            raise _Cancelled(str(protocol.unpack_json(payload[0]).get("reason", "no reason")))
+        elif kind is Type.GUEST_DIED:
+            reason = str(protocol.unpack_json(payload[0]).get("reason", ""))
+            raise _GoOn(f"the primary's guest died: {reason}", certain=True)
+        elif kind is Type.SWITCHOVER:
+            if header.epoch != self._receiver.committed:
+                raise exception.ProtocolMismatch(
+                    f"switchover at checkpoint {header.epoch}, have {self._receiver.committed}"
+                )
+            raise _GoOn("planned switchover", certain=True)
+        elif kind is not Type.HEARTBEAT:
+            raise exception.ProtocolMismatch(f"primary sent a {kind.name} frame")
+
+    def _acknowledge(self, epoch: int) -> None:
+        assert self._link is not None
+        self._link.send(RawFrame(Header(Type.COMMITTED, 0, epoch).pack()))
+        self._link.flush()
+
+    # -- the agent ----------------------------------------------------------------------
+
+    def _on_command(self, message: dict[str, Any]) -> None:
+        command = message.get("command")
+        if command == "unprotect":
+            raise _Cancelled("on request")
+        if command == "takeover":
+            raise _GoOn("ordered by the operator", certain=True)
+        LOG.warning("%s: agent sent unknown command %r", self._pair.uuid, command)
+
+    def _on_agent_gone(self) -> None:
+        if self._link is not None:
+            with contextlib.suppress(exception.PeerError):
+                self._link.send(
+                    RawFrame(
+                        protocol.pack_json(Type.BYE, {"reason": "the standby's agent has ended"})
+                    )
+                )
+                self._link.flush()
+        raise _Cancelled("nova-pmt-agent has ended")
+
+    def _state(self, state: str, reason: str, **details: Any) -> None:
+        LOG.info(
+            "%s: generation %d is %s: %s", self._pair.uuid, self._pair.generation, state, reason
+        )
+        self.agent.tell("state", state=state, reason=reason, details=details)
+
+    # -- life ---------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Wait, and go on or end. Returns the process's exit status."""
+        with contextlib.ExitStack() as stack:
+            try:
+                connection = guest_domain.connect(self._conf.guest.libvirt_uri)
+                stack.callback(connection.close)
+                self._domain = self._create_domain(connection)
+            except exception.PmtError as error:
+                self._end_with_error(error)
+                return 0
+            try:
+                self._wait(stack)
+            except _Cancelled as reason:
+                self._cancel(str(reason), "cancelled")
+            except _GoOn as order:
+                self._go_on(str(order), order.certain)
+            except exception.PeerError as error:
+                if self._receiver is not None and self._receiver.committed and _silent(error):
+                    self._go_on(error.message, certain=False)
+                else:
+                    self._refuse(error)
+            except Exception as error:
+                LOG.exception("%s: standby failed", self._pair.uuid)
+                self._refuse(
+                    error
+                    if isinstance(error, exception.PmtError)
+                    else exception.GuestError(f"{type(error).__name__}: {error}")
+                )
+        return 0
+
+    def _end_with_error(self, error: exception.PmtError) -> None:
+        LOG.error("%s: %s", self._pair.uuid, error)
+        self.agent.tell("error", error=error.to_dict())
+        self._state("error", error.message)
+
+    def _refuse(self, error: exception.PmtError) -> None:
+        """Tell the primary what was wrong, and end; it claims and goes on alone."""
+        if self._link is not None:
+            with contextlib.suppress(exception.PeerError):
+                self._link.send(RawFrame(protocol.pack_json(Type.ERROR, error.to_dict())))
+                self._link.flush()
+        self.agent.tell("error", error=error.to_dict())
+        self._cancel(error.message, "cancelled")
+
+    def _cancel(self, reason: str, state: str) -> None:
+        with contextlib.suppress(exception.GuestError):
+            self._domain.destroy()
+        if self._link is not None:
+            with contextlib.suppress(exception.PeerError):
+                self._link.send(RawFrame(protocol.pack_json(Type.BYE, {"reason": reason})))
+                self._link.flush()
+        self._state(state, reason)
+
+    def _create_domain(self, connection: libvirt.virConnect) -> guest_domain.Domain:
+        path = domainxml.monitor_path(guest_domain.qmp_directory(self._conf), self._pair.uuid)
+        mark = domainxml.read_mark(self._spec.domain_xml)
+        xml = domainxml.standby_xml(
+            self._spec.domain_xml,
+            path,
+            domainxml.Mark(
+                self._pair.generation,
+                self._pair.primary_host,
+                mark.persistent if mark else False,
+            ),
+        )
+        self._persistent = mark.persistent if mark else False
+        try:
+            handle = connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED)
+        except libvirt.libvirtError as error:
+            raise exception.GuestError(
+                f"libvirt cannot start the standby domain: {error}",
+                code="STANDBY_NOT_STARTED",
+                cure="Look at the log of QEMU on the standby host; both hosts need the same QEMU "
+                "machine types, CPU features and networks.",
+            ) from error
+        return guest_domain.Domain(connection, handle)
+
+    def _wait(self, stack: contextlib.ExitStack) -> None:
+        """Serve the primary. Left by an exception that says how it ended."""
+        conf = self._conf
+        pid = self._domain.pid()
+        self._directory = guest_domain.guest_directory(
+            conf.guest.runtime_directory, self._pair.uuid, pid
+        )
+        self._monitor = stack.enter_context(self._domain.monitor(conf.guest.runtime_directory))
+        status = self._monitor.execute("query-status")["status"]
+        if status != "inmigrate":
+            raise exception.GuestError(f"the standby's QEMU is '{status}', not 'inmigrate'")
+        image = stack.enter_context(StandbyImage(self._layout, pid))
+        self._image = image
+        staging = SlabCache(self._layout.page_count * 4096 + STAGING_EXTRA_BYTES)
+        stack.callback(staging.close)
+        self._receiver = Receiver(image, staging, self._acknowledge, check_device_state)
+        listener = stack.enter_context(self._listen())
+        self.agent.tell(
+            "ready",
+            address=conf.replication.listen_address,
+            port=listener.getsockname()[1],
+        )
+        sock = self._accept(listener)
+        listener.close()
+        self._link = Link(
+            sock,
+            self,
+            peer=self._pair.primary_host,
+            heartbeat_s=conf.replication.heartbeat_ms / 1e3,
+            timeout_s=conf.replication.peer_timeout_ms / 1e3,
+        )
+        stack.callback(self._link.close)
+        self._link.register(self._selector)
+        self.agent.register(self._selector)
+        io.watch_process(self._selector, pid, self._on_qemu_end)
+        self._state("syncing", f"first synchronisation from {self._pair.primary_host}")
+        next_stats = time.monotonic() + STATS_EVERY_S
+        while True:
+            io.dispatch(self._selector, max(0.001, min(0.1, self._link.tick())))
+            if time.monotonic() >= next_stats:
+                next_stats = time.monotonic() + STATS_EVERY_S
+                self.agent.tell(
+                    "stats", received_bytes=self._link.received_bytes, **self._receiver.summary()
+                )
+
+    def _on_qemu_end(self) -> None:
+        raise exception.GuestError("the standby's QEMU has ended")
+
+    def _listen(self) -> socket.socket:
+        address = self._conf.replication.listen_address
+        first, _, last = self._conf.replication.port_range.partition(":")
+        error: OSError | None = None
+        for port in range(int(first), int(last or first) + 1):
+            try:
+                return socket.create_server((address, port), backlog=4)
+            except OSError as reason:
+                error = reason
+        raise exception.ConfigError(
+            f"no port of [replication] port_range {first}:{last} is free on {address}: {error}"
+        )
+
+    def _accept(self, listener: socket.socket) -> socket.socket:
+        """Wait for our primary; whoever else comes is told why not, and we wait on."""
+        deadline = time.monotonic() + self._conf.replication.connect_timeout_s
+        self.agent.register(self._selector)
+        self._selector.register(listener, selectors.EVENT_READ, None)
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise exception.PeerLost("the primary did not connect in time")
+                for key, mask in self._selector.select(left):
+                    if key.fileobj is not listener:
+                        key.data(mask)
+                        continue
+                    sock, peer = listener.accept()
+                    try:
+                        return self._handshake(sock)
+                    except exception.PeerError as error:
+                        LOG.warning("%s: refused %s: %s", self._pair.uuid, peer, error)
+                        self.agent.tell("error", error=error.to_dict())
+                        sock.close()
+        finally:
+            self._selector.unregister(listener)
+            self.agent.unregister()
+
+    def _handshake(self, sock: socket.socket) -> socket.socket:
+        sock.settimeout(HANDSHAKE_TIMEOUT_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock = tls.accept(self._conf, sock, self._pair.primary_host)
+        try:
+            header, payload = read_frame(sock)
+            if header.type is not Type.HELLO:
+                raise exception.ProtocolMismatch(f"first frame is {header.type.name}, not HELLO")
+            protocol.check_hello(
+                protocol.unpack_json(payload),
+                asdict(self._pair),
+                [block.to_dict() for block in self._layout.blocks],
+            )
+            sock.sendall(protocol.pack_json(Type.WELCOME, {"protocol": protocol.VERSION}))
+        except exception.PeerError as error:
+            with contextlib.suppress(OSError):
+                sock.sendall(protocol.pack_json(Type.ERROR, error.to_dict()))
+            sock.close()
+            raise
+        except OSError as error:
+            sock.close()
+            raise tls.refused(error, self._pair.primary_host) from error
+        return sock
+
+    # -- going on -----------------------------------------------------------------------
+
+    def _go_on(self, reason: str, certain: bool) -> None:
+        """Claim, load the last committed state, run."""
+        assert self._receiver is not None and self._link is not None
+        detected = time.monotonic()
+        faultpoint.reach("failover.detected")
+        self._receiver.discard()
+        if not self._receiver.committed:
+            self._cancel(f"{reason}; nothing was committed yet", "cancelled")
+            return
+        self._state("failing_over", reason, detected_at=detected)
+        planned = reason == "planned switchover"
+        try:
+            # Loading takes a few ms and decides nothing: do it while a living primary may claim.
+            activation.load(
+                self._monitor,
+                self._directory,
+                self._head,
+                self._image.side,
+                self._receiver.device_state,
+            )
+            loaded = time.monotonic()
+            faultpoint.reach("failover.loaded")
+        except exception.GuestError as error:
+            self._refuse(error)
+            return
+        if not certain:
+            left = self._conf.replication.claim_delay_ms / 1e3 - (time.monotonic() - detected)
+            time.sleep(max(0.0, left))
+        if not self._claim():
+            self._cancel(f"{reason}; but the primary goes on", "cancelled")
+            return
+        claimed = time.monotonic()
+        faultpoint.reach("failover.claimed")
+        try:
+            self._domain.resume()
+        except exception.GuestError as error:
+            # We won, so nobody else may run: say so loudly, and keep the domain for the operator.
+            self._end_with_error(error)
+            return
+        running = time.monotonic()
+        faultpoint.reach("failover.resumed")
+        times = {
+            "epoch": self._receiver.committed,
+            "planned": planned,
+            "detected_at": detected,
+            "running_at": running,
+            "load_ms": round((loaded - detected) * 1e3, 2),
+            "claim_ms": round((claimed - loaded) * 1e3, 2),
+            "resume_ms": round((running - claimed) * 1e3, 2),
+            "failover_ms": round((running - detected) * 1e3, 2),
+        }
+        with contextlib.suppress(exception.PeerError):
+            self._link.send(RawFrame(protocol.pack_json(Type.ACTIVATED, times)))
+            self._link.flush()
+        self._settle()
+        self._state("standby_active", reason, **times)
+
+    def _claim(self) -> bool:
+        """Ask the arbiter until it answers: a side that cannot ask does not go on."""
+        told = False
+        while True:
+            try:
+                return self._arbiter.claim(self._pair.uuid, self._pair.generation, "standby")
+            except exception.ArbiterUnavailable as error:
+                if not told:
+                    told = True
+                    LOG.error("%s: cannot go on: %s", self._pair.uuid, error)
+                    self.agent.tell("error", error=error.to_dict())
+                time.sleep(ARBITER_RETRY_S)
+
+    def _settle(self) -> None:
+        """The domain is an ordinary one now. What fails here does not hinder the guest."""
+        with contextlib.suppress(exception.GuestError):
+            self._monitor.execute("announce-self", **_ANNOUNCE)
+        try:
+            self._domain.handle.setMetadata(
+                libvirt.VIR_DOMAIN_METADATA_ELEMENT,
+                None,
+                "pmt",
+                domainxml.PMT_NS,
+                libvirt.VIR_DOMAIN_AFFECT_LIVE,
+            )
+            if self._persistent:
+                self._domain.connection.defineXML(
+                    domainxml.definition_xml(self._domain.xml(libvirt.VIR_DOMAIN_XML_SECURE))
+                )
+        except (libvirt.libvirtError, exception.GuestError) as error:
+            LOG.warning("%s: domain runs, but is not as it should be: %s", self._pair.uuid, error)
+
+
+_ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+
+
+def _silent(error: exception.PeerError) -> bool:
+    """Whether the primary was lost, rather than found to be talking nonsense."""
+    return isinstance(error, exception.PeerLost)
