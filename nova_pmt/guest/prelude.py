@@ -25,7 +25,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from nova_pmt import exception
 from nova_pmt.guest.layout import Layout
@@ -139,7 +139,7 @@ def take(monitor: Monitor, layout: Layout, directory: str, timeout_s: float = 60
         monitor.execute("migrate", uri="unix:" + path)
         connection = stack.enter_context(listener.accept()[0])
         connection.settimeout(None)
-        stream = stack.enter_context(connection.makefile("rb", 1 << 20))
+        stream = stack.enter_context(cast("BinaryIO", connection.makefile("rb", 1 << 20)))
         skip = frozenset(block.name for block in layout.blocks)
         reader = PreludeReader(stream, skip, complete.set)
 

@@ -82,9 +82,33 @@ def covering(pid: int, start: int, length: int) -> list[Mapping]:
 
 
 def start_time(pid: int) -> int:
-    """Start time of a process in clock ticks after boot; with the pid it names a process for ever."""
+    """Start time of a process in clock ticks after boot; names it for ever, with its pid."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         return int(file.read().rsplit(b")", 1)[1].split()[19])
+
+
+#: ``PF_EXITING`` of a task's flags (include/linux/sched.h).
+PF_EXITING = 0x4
+
+
+def has_ended(pid: int, started: int) -> bool:
+    """Whether a process has ended, or is past the point of no return of its exit.
+
+    A killed QEMU closes its sockets before its process is gone, and the freeing of its memory
+    lies between; from the kernel's flag on, none of its threads comes back to user space.
+
+    :param started: its :func:`start_time`: another process with that pid is not it.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rsplit(b")", 1)[1].split()
+    except OSError:
+        return True
+    return (
+        int(fields[19]) != started
+        or fields[0] in (b"Z", b"X")
+        or bool(int(fields[6]) & PF_EXITING)
+    )
 
 
 def owner(pid: int) -> tuple[int, int]:

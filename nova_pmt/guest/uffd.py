@@ -65,8 +65,8 @@ class UffdTracker(MemoryTracker):
     def __init__(self, pid: int, layout: Layout, threads: int = 0) -> None:
         self._pid = pid
         self._layout = layout
-        wanted = threads or max(1, round(layout.memory_bytes / BYTES_PER_THREAD))
-        self._threads = min(wanted, MAX_THREADS, os.cpu_count() or 1) if not threads else threads
+        wanted = max(1, round(layout.memory_bytes / BYTES_PER_THREAD))
+        self._threads = threads or min(wanted, MAX_THREADS, os.cpu_count() or 1)
         self._foreign_fd: int | None = None
         self._pagemap = -1
         self._parts: list[list[RangeScanner]] = []
@@ -75,6 +75,11 @@ class UffdTracker(MemoryTracker):
         count = layout.page_count
         self._numbers: PageNumbers = np.zeros(count, np.int64)
         self._counter: PageNumbers = np.arange(count, dtype=np.int64)
+
+    @property
+    def thread_count(self) -> int:
+        """How many threads scan."""
+        return self._threads
 
     @classmethod
     def check(cls) -> None:

@@ -19,7 +19,7 @@
     with Lab(computes=2, rabbit=False) as lab:          # root; all is gone at the end
         one, two = lab.computes                         # lab.host("compute1"), lab.ctl
         guest = one.boot(GuestSpec("g1", memory_mib=128, vcpus=1, machine="q35"))
-        guest.wait_ready()                              # READY on the console, control server answers
+        guest.wait_ready()                              # READY on the console, answers over TCP
         guest.control("dirty 1500 20")                  # 1,500 pages every 20 ms, told over TCP
         guest.counter(); guest.boot_id(); guest.verify(); guest.reboot(); guest.console()
         guest.connect()                                 # TCP to the echo server, from ctl
@@ -27,14 +27,14 @@
 
         with one.libvirt() as connection: ...           # virConnect; or one.libvirt_uri[_inside]
         one.run(["virsh", "list"]).stdout               # inside its namespaces, to the end
-        agent = one.spawn("agent", ["nova-pmt-agent"])  # in the background: .pid .log .stop() .alive()
-        one.path("/run/nova_pmt")                       # seen from here; disk_path() without power too
+        agent = one.spawn("agent", ["nova-pmt-agent"])  # background: .pid .log .stop() .alive()
+        one.path("/run/nova_pmt")                       # seen from here; disk_path(): without power, too
         one.init_pid, one.mgmt_ip, one.repl_ip
         two.dial("10.77.1.11", 5000)                    # a socket that starts in compute2
         two.in_network(lambda: socket.create_server((two.repl_ip, 5000)))
 
         one.link("repl").down(); one.link("repl").limit(100); one.link("repl").unlimit()
-        one.power_off()                                 # or power_off(silent=True): peers hear nothing
+        one.power_off()                                 # silent=True: its peers hear nothing at all
         guest.on(two).wait_ready()                      # the same guest after its failover
         one.power_on()                                  # disk as it was, memory empty, libvirtd up
         lab.transport_url                               # with rabbit=True
@@ -47,10 +47,11 @@ What does not live here: anything that the product needs on a real compute host.
 """
 
 from nova_pmt.lab.domain import Disk, GuestSpec, Workload, domain_xml
-from nova_pmt.lab.host import SHARED, LabHost
+from nova_pmt.lab.host import LabHost
 from nova_pmt.lab.lab import Lab
 from nova_pmt.lab.lab_guest import CONTROL_PORT, ECHO_PORT, LabGuest
 from nova_pmt.lab.process import LabProcess
+from nova_pmt.lab.view import SHARED
 
 __all__ = [
     "CONTROL_PORT",

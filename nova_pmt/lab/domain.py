@@ -25,6 +25,12 @@ from nova_pmt.lab.libvirtd import MONITORS
 #: Where each host keeps its copy of the guest's kernel and initramfs.
 BOOT = "/var/lib/libvirt/boot"
 CONSOLES = "/var/log/libvirt/qemu"
+#: For a guest that is emulated: retpolines, self-tests and security modules cost a second of its
+#: boot, and the watchdog of the clock takes a busy host for a broken time stamp counter.
+_QUICK = "quiet mitigations=off cryptomgr.notests tsc=reliable no_timer_check lsm= audit=0"
+#: QEMU 7.2 clears a whole jump cache for each translated block that it drops. After a reset the new
+#: kernel overwrites the old one: seven seconds with the default cache, under one with this.
+_TCG = "<tcg><tb-cache unit='MiB'>8</tb-cache></tcg>"
 _QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 
@@ -70,14 +76,16 @@ class GuestSpec:
     vga: bool = False
     disk: Disk | None = None
     workload: Workload = Workload()
-    accel: Literal["tcg", "kvm"] = "tcg"
+    kernel_arguments: str = ""  # added to ours, at the end
+    accel: Literal["tcg", "kvm"] = "tcg"  # the lab sets it, and the next one
+    mtu: int = 1500  # bytes
     uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     @property
     def mac(self) -> str:
         """Derived from the name, so that the guest keeps it on every host."""
         digest = hashlib.sha256(self.name.encode()).digest()
-        return "52:54:00:%02x:%02x:%02x" % tuple(digest[:3])
+        return "52:54:00:" + digest[:3].hex(":")
 
     @property
     def monitor_path(self) -> str:
@@ -92,9 +100,11 @@ class GuestSpec:
 
 def domain_xml(spec: GuestSpec) -> str:
     """The libvirt domain of ``spec``; the same on each host of the lab."""
-    arguments = f"console=ttyS0 quiet {spec.workload.kernel_arguments()}"
+    arguments = f"console=ttyS0 {_QUICK} {spec.workload.kernel_arguments()}"
     if spec.nic:
         arguments += f" guest_ip={spec.ip}/24"
+    if spec.kernel_arguments:
+        arguments += f" {spec.kernel_arguments}"
     parts = [
         f"<domain type='{'kvm' if spec.accel == 'kvm' else 'qemu'}'"
         + (f" xmlns:qemu={quoteattr(_QEMU_NAMESPACE)}>" if spec.second_monitor else ">"),
@@ -109,7 +119,7 @@ def domain_xml(spec: GuestSpec) -> str:
         f"<kernel>{BOOT}/vmlinuz</kernel><initrd>{BOOT}/initrd.img</initrd>"
         f"<cmdline>{escape(arguments)}</cmdline></os>",
         # Without ACPI and APIC a pc guest neither resets properly nor has a second vCPU.
-        "<features><acpi/><apic/></features>",
+        f"<features><acpi/><apic/>{_TCG if spec.accel == 'tcg' else ''}</features>",
         "<on_reboot>restart</on_reboot><on_crash>destroy</on_crash>",
         "<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>",
         _disk(spec.disk) if spec.disk else "",
@@ -127,7 +137,7 @@ def domain_xml(spec: GuestSpec) -> str:
 def _nic(spec: GuestSpec) -> str:
     return (
         f"<interface type='bridge'><mac address='{spec.mac}'/><source bridge='br-data'/>"
-        "<model type='virtio'/></interface>"
+        f"<model type='virtio'/><mtu size='{spec.mtu}'/></interface>"
     )
 
 

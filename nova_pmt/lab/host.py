@@ -15,14 +15,11 @@
 from __future__ import annotations
 
 import contextlib
-import grp
 import json
 import os
-import pwd
 import select
 import signal
 import socket
-import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nova_pmt.exception import LabError
-from nova_pmt.lab import image, lab_guest, libvirtd, network, paths, process
+from nova_pmt.lab import image, lab_guest, libvirtd, network, process, view
 from nova_pmt.lab.domain import BOOT, CONSOLES, GuestSpec
 from nova_pmt.lab.lab_guest import LabGuest
 from nova_pmt.lab.process import LabProcess
@@ -40,22 +37,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SHARED = view.SHARED
 _INIT = Path(__file__).with_name("host_init.py")
-
-#: Private and on disk: what is in them outlives a power cut.
-_OWN = (*libvirtd.DIRECTORIES, "/etc/nova_pmt", "/var/lib/nova_pmt", "/var/log/nova_pmt")
-#: Private and in memory: a power cut empties them.
-_TMPFS = (("/run", "755"), ("/dev/shm", "1777"), ("/tmp", "1777"))
-_DEVICES = (
-    *("null", "zero", "full", "random", "urandom", "tty", "fuse", "userfaultfd"),
-    *("net/tun", "vhost-net", "vhost-vsock"),
-)
-#: One directory that all hosts of the lab share, as if it were on NFS.
-SHARED = "/srv/nova_pmt"
-
-
-#: Must exist in the root namespace, so that there is something to mount on.
-MOUNTPOINTS = (*_OWN, SHARED)
 
 
 class LabHost:
@@ -127,18 +110,23 @@ class LabHost:
         except subprocess.TimeoutExpired:
             raise LabError(f"{self!r}: processes are left {timeout:g} s after SIGKILL") from None
         finally:
-            if self._lifeline >= 0:
-                os.close(self._lifeline)
-            self._unshare, self._lifeline, self.init_pid = None, -1, 0
+            self._close("_lifeline")
+            self._close("_ready")
+            self._unshare, self.init_pid = None, 0
         if self.index and self.lab.ctl.powered:
             network.disconnect(self.lab.ctl.init_pid, self.index)
         self.lab.remember()
+
+    def _close(self, pipe: str) -> None:
+        if getattr(self, pipe) >= 0:
+            os.close(getattr(self, pipe))
+            setattr(self, pipe, -1)
 
     # -- start, in steps, so that the lab can start all hosts at once -----------------------------
 
     def prepare_disk(self) -> None:
         """Make the host's directories; once in its life."""
-        for path in (*_OWN, CONSOLES):
+        for path in (*view.OWN, CONSOLES):
             self.disk_path(path).mkdir(parents=True, exist_ok=True)
         hosts = "".join(f"{h.mgmt_ip} {h.name}\n" for h in self.lab.hosts)
         (self.disk / "etc/hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
@@ -153,7 +141,14 @@ class LabHost:
         self._ready, ready = os.pipe2(os.O_CLOEXEC)
         argv = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
         argv += ["--mount-proc", sys.executable, "-I", "-S", str(_INIT)]
-        argv += [json.dumps(self._view()), str(lifeline), str(ready)]
+        sight = view.describe(
+            self.name,
+            self.disk,
+            self.lab.shared_directory,
+            compute=self.index > 0,
+            kvm=self.lab.offers_kvm(),
+        )
+        argv += [json.dumps(sight), str(lifeline), str(ready)]
         with open(self.log_directory / f"{self.name}-init.log", "ab") as log:
             self._unshare = subprocess.Popen(
                 argv,
@@ -166,46 +161,20 @@ class LabHost:
         os.close(lifeline)
         os.close(ready)
 
-    def _view(self) -> dict[str, Any]:
-        """What :mod:`nova_pmt.lab.host_init` shall make of the host's file system."""
-        binds = [(str(self.disk_path(p)), p) for p in _OWN]
-        binds.append((str(self.disk / "etc/hosts"), "/etc/hosts"))
-        binds.append((str(self.lab.shared_directory), SHARED))
-        needed = {paths.checkout(), paths.base_directory(), Path(sys.prefix), Path(sys.base_prefix)}
-        covered = [target + "/" for target, _ in _TMPFS]
-        keep = sorted(str(p) for p in needed if p and str(p).startswith(tuple(covered)))
-        directories: list[tuple[str, str, int, int]] = [("/run/lock", "1777", 0, 0)]
-        if self.index:
-            qemu = pwd.getpwnam("libvirt-qemu")
-            directories += [
-                ("/run/nova_pmt", "755", 0, 0),
-                (libvirtd.MONITORS, "700", qemu.pw_uid, qemu.pw_gid),
-                (libvirtd.MEMORY_BACKING, "755", 0, 0),
-            ]
-        return {
-            "name": self.name,
-            "tmpfs": _TMPFS,
-            "devices": _devices(kvm=self.lab.offers_kvm()),
-            "keep": keep,
-            "binds": binds,
-            "directories": directories,
-        }
-
     def wait_namespaces(self, timeout: float = 20.0) -> None:
         """Wait for PID 1 and plug the host into the networks."""
         assert self._unshare is not None
         answer = b""
         if select.select([self._ready], [], [], timeout)[0]:
             answer = os.read(self._ready, 4096)
-        os.close(self._ready)
+        self._close("_ready")
         if answer != b"ready":
             reason = answer.decode() or f"see {self.log_directory}/{self.name}-init.log"
             raise LabError(
                 f"{self.name}: namespaces could not be made: {reason}",
                 cure="The lab needs root with CAP_SYS_ADMIN, util-linux and iproute2.",
             )
-        children = f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children"
-        self.init_pid = int(Path(children).read_text().split()[0])
+        self.init_pid = process.only_child(self._unshare.pid)
         if self.index:
             network.connect(self.lab.ctl.init_pid, self.init_pid, self.index, self.lab.mtu)
         else:
@@ -266,9 +235,7 @@ class LabHost:
 
     def disk_path(self, inside: str) -> Path:
         """As :meth:`path`, but what is on the host's disk is found without power, too."""
-        if any(inside == own or inside.startswith(own + "/") for own in _OWN):
-            return self.disk / inside.lstrip("/")
-        return self.path(inside)
+        return view.on_disk(self.disk, inside) or self.path(inside)
 
     def outside_pid(self, inside: int) -> int:
         """The process id, as the root namespace sees it, of a process of this host."""
@@ -276,9 +243,9 @@ class LabHost:
         for status in Path("/proc").glob("[0-9]*/status"):
             with contextlib.suppress(OSError):
                 numbers = _field(status, "NSpid:")
-                if len(numbers) > 1 and numbers[-1] == str(inside):
-                    if os.readlink(status.parent / "ns/pid") == namespace:
-                        return int(numbers[0])
+                here = os.readlink(status.parent / "ns/pid") == namespace
+                if here and numbers[-1] == str(inside):
+                    return int(numbers[0])
         raise LabError(f"{self!r} has no process {inside}")
 
     def link(self, name: str) -> network.Link:
@@ -311,27 +278,14 @@ class LabHost:
 
     def boot(self, spec: GuestSpec) -> LabGuest:
         """Start a guest here; ``wait_ready()`` of the result waits for its workload."""
-        image.install(self.lab.image(), self.disk_path(BOOT))
-        return lab_guest.boot(self, self.lab.accelerated(spec))
+        for host in self.lab.computes:  # a standby on another host needs the same files
+            image.install(self.lab.image(), host.disk_path(BOOT))
+        return lab_guest.boot(self, self.lab.adapted(spec))
 
     def guests(self) -> list[str]:
         """Names of the running domains."""
         with self.libvirt() as connection:
             return [domain.name() for domain in connection.listAllDomains(1)]
-
-
-
-def _devices(*, kvm: bool) -> list[tuple[str, int, int, int]]:
-    """Device nodes of a host (name, mode, number, group), as far as this machine has them."""
-    found = []
-    for name in (*_DEVICES, "kvm") if kvm else _DEVICES:
-        with contextlib.suppress(FileNotFoundError):
-            node = os.stat(f"/dev/{name}")
-            found.append((name, node.st_mode, node.st_rdev, node.st_gid))
-    if kvm:  # as udev has it on a compute host
-        name, mode, number, _ = found.pop()
-        found.append((name, stat.S_IFMT(mode) | 0o660, number, grp.getgrnam("kvm").gr_gid))
-    return found
 
 
 def _field(status: Path, name: str) -> list[str]:

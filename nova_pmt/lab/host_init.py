@@ -23,6 +23,8 @@ it is the first process of new mount, network, uts, ipc and pid namespaces. CONF
 - It must reap: QEMU daemonises, and a zombie looks alive to libvirt.
 """
 
+from __future__ import annotations
+
 import ctypes
 import json
 import os
@@ -30,11 +32,14 @@ import select
 import signal
 import socket
 import sys
+from typing import Any
 
 MS_BIND, MS_REC, MNT_DETACH = 4096, 16384, 2
 
 
-def mount(source, target, kind=None, flags=0, data=None):
+def mount(
+    source: str, target: str, kind: str | None = None, flags: int = 0, data: str | None = None
+) -> None:
     """mount(2); the util-linux program would cost a process for each of the many mounts."""
     encoded = [None if a is None else os.fsencode(a) for a in (source, target, kind, data)]
     if ctypes.CDLL(None, use_errno=True).mount(
@@ -44,7 +49,7 @@ def mount(source, target, kind=None, flags=0, data=None):
         raise OSError(code, f"mount {source} on {target}: {os.strerror(code)}")
 
 
-def write_file(path, text):
+def write_file(path: str, text: str) -> None:
     try:
         with open(path, "w") as f:
             f.write(text)
@@ -52,7 +57,7 @@ def write_file(path, text):
         pass  # a kernel without that feature
 
 
-def private_dev(devices):
+def private_dev(devices: list[tuple[str, int, int, int]]) -> None:
     """A small /dev of the host's own, with those ``devices`` ([name, mode, rdev, gid]) only.
 
     What a host shall not have (/dev/kvm) must really be absent: libvirt asks whether it exists,
@@ -71,7 +76,7 @@ def private_dev(devices):
         os.symlink("/proc/self/fd" + target, "/dev/" + name)
 
 
-def set_up(config):
+def set_up(config: dict[str, Any]) -> None:
     """Make the host's private view; the root namespaces are not touched."""
     socket.sethostname(config["name"])
     for scope in ("all", "default"):
@@ -101,7 +106,7 @@ def set_up(config):
         os.chown(path, uid, gid)
 
 
-def reap_until_closed(lifeline):
+def reap_until_closed(lifeline: int) -> None:
     """Reap whatever is orphaned; return when the lab is gone."""
     woken, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -121,12 +126,12 @@ def reap_until_closed(lifeline):
             os.read(woken, 512)
 
 
-def main():
+def main() -> None:
     lifeline, ready = int(sys.argv[2]), int(sys.argv[3])
     os.set_inheritable(lifeline, False)
     try:
         set_up(json.loads(sys.argv[1]))
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001 - whatever it is, the lab shall tell it
         os.write(ready, f"{type(e).__name__}: {e}".encode())
         sys.exit(1)
     os.chdir("/")

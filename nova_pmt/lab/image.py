@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""The lab's guest: Debian's cloud kernel, busybox and our workload; built once, then cached.
+"""The lab's guest: Debian's cloud kernel, our workload its only process; built once, then cached.
 
 A build is a directory ``image/SOURCES-KERNEL`` with ``vmlinuz`` and ``initrd.img``: SOURCES is a
 hash of what goes in from here, KERNEL the package. It appears by one rename or not at all.
@@ -35,8 +35,6 @@ from nova_pmt.lab import paths
 
 _SOURCES = Path(__file__).with_name("guest")
 _META_PACKAGE = "linux-image-cloud-amd64"
-_BUSYBOX = Path("/bin/busybox")
-_APPLETS = ("sh", "mount", "insmod", "ip", "cat")
 #: In this order, since nothing in the guest resolves dependencies.
 _MODULES = (
     "virtio_ring",
@@ -51,7 +49,7 @@ _MODULES = (
 )
 _COMPILER = ("gcc", "-static", "-O2", "-Wall", "-Wextra", "-s", "-pthread")
 _RECIPE = 1  # increase when this file makes something else of the same sources
-_CURE = "Install what bindep.txt lists (gcc, busybox-static, apt with Debian's archive), try again."
+_CURE = "Install what bindep.txt lists (gcc, apt with Debian's archive), try again."
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def _newest(cache: Path, sources: str) -> Path | None:
 
 
 def _sources_hash() -> str:
-    digest = hashlib.sha256(repr((_RECIPE, _MODULES, _APPLETS, _COMPILER)).encode())
+    digest = hashlib.sha256(repr((_RECIPE, _MODULES, _COMPILER)).encode())
     for source in sorted(p for p in _SOURCES.iterdir() if p.is_file()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:12]
@@ -116,7 +114,7 @@ def _atomic_directory(target: Path) -> Iterator[Path]:
 
 def _run(argv: list[str], cwd: Path | None = None) -> str:
     try:
-        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True)
+        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
     except OSError as e:
         raise LabError(f"{argv[0]}: {e.strerror}", cure=_CURE) from e
     if done.returncode:
@@ -134,7 +132,8 @@ def _kernel_package(cache: Path) -> Path:
     if not target.exists():
         with _atomic_directory(target) as directory:
             # apt would drop to user _apt, who may not write here.
-            _run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", names[0]], directory)
+            options = ["-q", "-o", "APT::Sandbox::User=root"]
+            _run(["apt-get", *options, "download", names[0]], directory)
             (package,) = directory.glob("*.deb")
             _run(["dpkg", "-x", str(package), "."], directory)
             package.unlink()
@@ -144,21 +143,15 @@ def _kernel_package(cache: Path) -> Path:
 def _assemble(directory: Path, kernel: Path) -> None:
     (vmlinuz,) = (kernel / "boot").glob("vmlinuz-*")
     shutil.copyfile(vmlinuz, directory / "vmlinuz")
-    workload = directory / "workload"
-    _run([*_COMPILER, "-o", str(workload), str(_SOURCES / "workload.c")])
-    if not _BUSYBOX.exists():
-        raise LabError(f"{_BUSYBOX} is missing", cure=_CURE)
+    program = directory / "init"
+    _run([*_COMPILER, "-o", str(program), *map(str, sorted(_SOURCES.glob("*.c")))])
 
     archive = _Archive()
-    for name in ("bin", "dev", "proc", "sys", "modules"):
+    for name in ("dev", "proc", "sys", "modules"):
         archive.directory(name)
     # The kernel opens it for init before anything is mounted.
     archive.device("dev/console", 5, 1)
-    archive.file("bin/busybox", _BUSYBOX.read_bytes(), 0o755)
-    for applet in _APPLETS:
-        archive.link(f"bin/{applet}", "busybox")
-    archive.file("bin/workload", workload.read_bytes(), 0o755)
-    archive.file("init", (_SOURCES / "init").read_bytes(), 0o755)
+    archive.file("init", program.read_bytes(), 0o755)
     present = []
     for module in _MODULES:  # what the kernel has built in has no file
         for path in (kernel / "lib/modules").rglob(f"{module}.ko"):
@@ -167,7 +160,7 @@ def _assemble(directory: Path, kernel: Path) -> None:
     archive.file("modules/order", "\n".join(present).encode() + b"\n", 0o644)
     # Not compressed: under TCG unpacking costs more than reading.
     (directory / "initrd.img").write_bytes(archive.finish())
-    workload.unlink()
+    program.unlink()
 
 
 class _Archive:
@@ -177,7 +170,9 @@ class _Archive:
         self._parts: list[bytes] = []
         self._inode = 0
 
-    def _entry(self, name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
+    def _entry(
+        self, name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)
+    ) -> None:
         self._inode += 1
         encoded = name.encode() + b"\0"
         fields = (
@@ -191,9 +186,6 @@ class _Archive:
 
     def file(self, name: str, data: bytes, mode: int) -> None:
         self._entry(name, stat.S_IFREG | mode, data)
-
-    def link(self, name: str, target: str) -> None:
-        self._entry(name, stat.S_IFLNK | 0o777, target.encode())
 
     def device(self, name: str, major: int, minor: int) -> None:
         self._entry(name, stat.S_IFCHR | 0o600, b"", (major, minor))

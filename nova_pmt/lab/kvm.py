@@ -15,9 +15,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
+from collections.abc import Sequence
+from pathlib import Path
 
+from nova_pmt.lab import paths
 from nova_pmt.lab.image import Image
 
 TIMEOUT = 20.0
@@ -25,20 +29,33 @@ TIMEOUT = 20.0
 
 @functools.cache
 def usable(image: Image) -> bool:
-    """Boot the lab's guest under KVM once and see whether its workload says READY.
+    """Boot the lab's guest under KVM and see whether its workload says READY.
 
     Some machines have a /dev/kvm of a paravirtual kind on which stock kernels stop early ("Probing
-    EDD"). The answer is kept for this process; a failing probe costs up to 20 s.
+    EDD"). A failing probe costs up to 20 s, so the answer is kept until the machine boots anew.
     """
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
-    argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "kvm", "-m", "128", "-nodefaults"]
+    key = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + f" {image.kernel}"
+    note = paths.base_directory() / "kvm.json"
+    try:
+        known = json.loads(note.read_text())
+        return bool(known[key])
+    except (OSError, ValueError, KeyError):
+        pass
+    answer = boots(["-accel", "kvm"], image)
+    note.write_text(json.dumps({key: answer}) + "\n")
+    return answer
+
+
+def boots(options: Sequence[str], image: Image, timeout: float = TIMEOUT) -> bool:
+    """Whether QEMU with ``options`` brings the guest up to its READY within ``timeout`` seconds."""
+    argv = ["qemu-system-x86_64", "-machine", "q35", *options, "-m", "128", "-nodefaults"]
     argv += ["-display", "none", "-no-reboot", "-kernel", str(image.kernel)]
-    argv += ["-initrd", str(image.initrd), "-append", "console=ttyS0 quiet panic=-1"]
-    argv += ["-serial", "stdio"]
+    argv += ["-initrd", str(image.initrd), "-append", "console=ttyS0 quiet", "-serial", "stdio"]
     try:
         process = subprocess.Popen(
-            ["timeout", "-s", "KILL", str(TIMEOUT), *argv],
+            ["timeout", "-s", "KILL", str(timeout), *argv],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -22,7 +22,6 @@ import shutil
 import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal
 
@@ -31,8 +30,12 @@ from nova_pmt.lab import image as images
 from nova_pmt.lab import kvm, paths, registry
 from nova_pmt.lab.certificates import Authority
 from nova_pmt.lab.domain import GuestSpec
-from nova_pmt.lab.host import MOUNTPOINTS, LabHost
-from nova_pmt.lab.rabbit import Rabbit
+from nova_pmt.lab.host import LabHost
+from nova_pmt.lab.rabbit import Rabbit, private_file
+from nova_pmt.lab.view import MOUNTPOINTS
+
+#: File in the lab's directory, of mode 0600, for tools that do not run in the lab's process.
+TRANSPORT_URL = "transport_url"
 
 
 class Lab:
@@ -102,11 +105,10 @@ class Lab:
         """Whether the hosts have a /dev/kvm; the first call may have to boot a guest to know."""
         return self._accel == "auto" and kvm.usable(self.image())
 
-    def accelerated(self, spec: GuestSpec) -> GuestSpec:
-        """``spec`` as it is run here: under KVM if the lab may and can."""
-        if self.offers_kvm():
-            return dataclasses.replace(spec, accel="kvm")
-        return spec
+    def adapted(self, spec: GuestSpec) -> GuestSpec:
+        """``spec`` as it is run here: with the lab's MTU, under KVM if the lab may and can."""
+        accel: Literal["kvm", "tcg"] = "kvm" if self.offers_kvm() else spec.accel
+        return dataclasses.replace(spec, accel=accel, mtu=self.mtu)
 
     # -- start and end -----------------------------------------------------------------------
 
@@ -121,9 +123,9 @@ class Lab:
     def _start(self, stack: contextlib.ExitStack) -> None:
         registry.clean()
         stack.callback(registry.forget, self.id)
-        self.directory.mkdir(parents=True, mode=0o755)
-        stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
         self.remember()
+        self.directory.mkdir(parents=True)
+        stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
         stack.enter_context(_terminated_is_exit())
         (self.directory / "logs").mkdir()
         self.shared_directory.mkdir()
@@ -148,6 +150,7 @@ class Lab:
         self._image.result()
         if self.rabbit is not None:
             self.rabbit.wait_ready()
+            private_file(self.directory / TRANSPORT_URL, self.transport_url + "\n")
 
     def __exit__(
         self,

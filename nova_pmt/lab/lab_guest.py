@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import socket
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nova_pmt.exception import LabError
-from nova_pmt.lab.domain import Disk, GuestSpec, domain_xml
+from nova_pmt.lab.domain import CONSOLES, Disk, GuestSpec, domain_xml
 
 if TYPE_CHECKING:
     from nova_pmt.lab.host import LabHost
@@ -32,10 +31,11 @@ ECHO_PORT = 7
 class LabGuest:
     """Handle on a guest; :meth:`on` makes the handle for another host after a failover."""
 
-    def __init__(self, spec: GuestSpec, host: LabHost, console_start: int = 0) -> None:
+    def __init__(self, spec: GuestSpec, host: LabHost, *, moved: bool = False) -> None:
         self.spec = spec
         self.host = host
-        self._console_start = console_start
+        self._moved = moved  # came running from another host: it does not boot here
+        self._console_start = len(self._console_bytes())
 
     def __repr__(self) -> str:
         return f"<LabGuest {self.spec.name} on {self.host.name}>"
@@ -63,7 +63,7 @@ class LabGuest:
 
     def on(self, host: LabHost) -> LabGuest:
         """The same guest where it runs now."""
-        return LabGuest(self.spec, host)
+        return LabGuest(self.spec, host, moved=True)
 
     # -- what it says ------------------------------------------------------------------------
 
@@ -97,9 +97,16 @@ class LabGuest:
         :raises LabError: it does not within ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
-        self.wait_console("READY boot=", timeout)
-        if self.spec.nic:
-            self.control("boot", max(1.0, deadline - time.monotonic()))
+        if not (self._moved and self.spec.nic):
+            # Asking earlier would cost a second: that long an unanswered ARP request is repeated.
+            self.wait_console("TICK" if self._moved else "READY boot=", timeout)
+        while self.spec.nic:
+            try:
+                self.control("boot", 1.0)
+                break
+            except LabError:
+                if time.monotonic() > deadline:
+                    raise
         return self
 
     # -- what it is told ---------------------------------------------------------------------
@@ -144,6 +151,7 @@ class LabGuest:
     def reboot(self, timeout: float = 60.0) -> None:
         """Let the guest restart itself and wait until it is ready again."""
         self._console_start = len(self._console_bytes())
+        self._moved = False
         self.control("reboot")
         self.wait_ready(timeout)
 
@@ -171,7 +179,6 @@ def boot(host: LabHost, spec: GuestSpec) -> LabGuest:
     if spec.disk:
         _make_disk(host, spec.disk)
     guest = LabGuest(spec, host)
-    guest._console_start = len(guest._console_bytes())
     with host.libvirt() as connection:
         try:
             if spec.persistent:
@@ -179,7 +186,8 @@ def boot(host: LabHost, spec: GuestSpec) -> LabGuest:
             else:
                 connection.createXML(guest.xml)
         except libvirt.libvirtError as e:
-            raise LabError(f"{guest!r} does not start: {e}", cure=f"See {host.log_directory}") from e
+            cure = f"See {host.log_directory} and {host.disk_path(CONSOLES)}."
+            raise LabError(f"{guest!r} does not start: {e}", cure=cure) from e
     return guest
 
 
@@ -187,13 +195,3 @@ def _make_disk(host: LabHost, disk: Disk) -> None:
     if not host.disk_path(disk.path).exists():
         size = f"{disk.size_mib}M"
         host.run(["qemu-img", "create", "-q", "-f", disk.format, disk.path, size])
-
-
-def read_domain(connection: Any, uuid: str) -> Any:
-    """The libvirt domain with that UUID, or None."""
-    import libvirt
-
-    try:
-        return connection.lookupByUUIDString(uuid)
-    except libvirt.libvirtError:
-        return None

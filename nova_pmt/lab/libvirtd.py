@@ -95,7 +95,7 @@ def wait_ready(process: LabProcess, pid: int, timeout: float = 30.0) -> None:
 
     :raises LabError: it ended, or does not answer within ``timeout`` seconds.
     """
-    import libvirt  # type: ignore[import-untyped]  # needs the C library: only where it is used
+    import libvirt  # needs the C library: only where it is used
 
     deadline = time.monotonic() + timeout
     while process.alive() and time.monotonic() < deadline:

@@ -47,8 +47,10 @@ NETWORKS = (MGMT, REPL, DATA)
 
 def _batch(command: list[str], pid: int, lines: Iterable[str], force: bool = False) -> None:
     """Feed ``lines`` to ``ip`` or ``tc`` in the network namespace of ``pid`` (one process)."""
-    argv = ["nsenter", "-t", str(pid), "-n", *command, *(["-force"] if force else []), "-batch", "-"]
-    done = subprocess.run(argv, input="\n".join(lines) + "\n", text=True, capture_output=True)
+    argv = ["nsenter", "-t", str(pid), "-n", *command, *(["-force"] if force else [])]
+    argv += ["-batch", "-"]
+    text = "\n".join(lines) + "\n"
+    done = subprocess.run(argv, input=text, text=True, capture_output=True, check=False)
     if done.returncode and not force:
         raise LabError(f"{' '.join(argv)}: {done.stderr.strip()}")
 

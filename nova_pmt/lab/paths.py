@@ -30,7 +30,7 @@ def checkout() -> Path | None:
 def base_directory() -> Path:
     """Directory for everything the lab writes to disk.
 
-    ``$NOVA_PMT_LAB_DIR`` wins, then ``build/lab`` of the checkout, then ``/var/cache/nova-pmt-lab``.
+    ``$NOVA_PMT_LAB_DIR``, or ``build/lab`` of the checkout, or ``/var/cache/nova-pmt-lab``.
     """
     wanted = os.environ.get("NOVA_PMT_LAB_DIR")
     if wanted:

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -45,6 +46,15 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     env["PATH"] = f"{programs}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     env.update(extra or {})
     return env
+
+
+def only_child(pid: int) -> int:
+    """The first child of a process of ours with one thread; 0 if it has none."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0
+    return int(children[0]) if children else 0
 
 
 def run(
@@ -89,31 +99,29 @@ class LabProcess:
     """A long-running process inside a host.
 
     ``pid`` is its process id as seen from the root namespace, ``log`` the file with its output.
+    A program that does not exist ends at once, with status 127.
     """
 
     def __init__(self, name: str, nsenter: subprocess.Popen[bytes], log: Path) -> None:
         self.name = name
         self.log = log
         self._nsenter = nsenter
-        self.pid = self._find_child()
-        self._pidfd = os.pidfd_open(self.pid)
+        self.pid, self._pidfd = self._find_child()
 
-    def _find_child(self) -> int:
-        # A pid namespace is entered by a fork: the process is nsenter's only child.
-        children = f"/proc/{self._nsenter.pid}/task/{self._nsenter.pid}/children"
+    def _find_child(self) -> tuple[int, int]:
+        """Its pid and a descriptor for it; (0, -1) if it has ended already."""
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            if self._nsenter.poll() is not None:
-                break
-            try:
-                found = Path(children).read_text().split()
-            except OSError:
-                break
-            if found:
-                return int(found[0])
+        while time.monotonic() < deadline and self._nsenter.poll() is None:
+            # A pid namespace is entered by a fork: the process is nsenter's only child.
+            pid = only_child(self._nsenter.pid)
+            if pid:
+                with contextlib.suppress(ProcessLookupError):
+                    return pid, os.pidfd_open(pid)
             time.sleep(0.001)
-        self._nsenter.kill()
-        raise LabError(f"{self.name} did not start: {self.tail()}")
+        if self._nsenter.poll() is None:
+            self._nsenter.kill()
+            raise LabError(f"{self.name} did not start: {self.tail()}")
+        return 0, -1
 
     def alive(self) -> bool:
         """False as soon as it has ended, whether or not anyone has reaped it."""
@@ -206,7 +214,7 @@ def in_network(pid: int, function: Callable[[], T]) -> T:
             finally:
                 os.close(fd)
             result.extend((True, function()))
-        except BaseException as e:
+        except BaseException as e:  # noqa: BLE001 - raised again in the caller's thread
             result.extend((False, e))
 
     thread = threading.Thread(target=body, name="in_network")

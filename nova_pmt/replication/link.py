@@ -35,6 +35,8 @@ from nova_pmt.replication.protocol import HEADER, Header, Type
 
 #: One send: small enough that a pause finds the thread free soon.
 SEND_BYTES = 256 << 10
+#: Read at most so much before other things of the I/O loop get their turn.
+READ_BYTES = 4 << 20
 #: Buffers of a frame, and what to call when they were sent.
 Buffers = list[memoryview]
 
@@ -132,7 +134,6 @@ class Link:
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._secure = isinstance(sock, ssl.SSLSocket)
         self.peer = peer
         self._reader = FrameReader(handler)
         self._queue: deque[Outgoing] = deque()
@@ -192,18 +193,24 @@ class Link:
             self._write()
 
     def _read(self) -> None:
+        left = READ_BYTES
         try:
-            while not self._closed:
+            # A fast peer must not keep us from heartbeats; what TLS has decrypted must be read.
+            while not self._closed and (left > 0 or self._pending()):
                 count = self._sock.recv_into(self._reader.space())
                 if not count:
                     raise exception.PeerLost(f"{self.peer} closed the connection")
                 self.last_received = self._clock()
                 self.received_bytes += count
+                left -= count
                 self._reader.filled(count)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return
         except OSError as error:
             raise tls.refused(error, self.peer) from error
+
+    def _pending(self) -> int:
+        return self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
 
     def _write(self) -> None:
         try:

@@ -102,8 +102,8 @@ class Receiver:
             )
         self._filling = slab
         first = slab * SLAB_PAGES
-        numbers = memoryview(self._numbers[slab, : header.value]).cast("B")
-        data = memoryview(self._staging.pages[first : first + header.value]).cast("B")
+        numbers = self._numbers[slab, : header.value].data.cast("B")
+        data = self._staging.pages[first : first + header.value].data.cast("B")
         assert len(numbers) == header.value * NUMBER_BYTES
         return [numbers, data]
 
@@ -171,6 +171,9 @@ class Receiver:
 
     def discard(self) -> None:
         """Throw away what is staged of a checkpoint that was cut short."""
+        if self._filling >= 0:
+            self._staging.give_back((self._filling,))
+            self._filling = -1
         self._staging.give_back(slab for slab, _ in self._staged)
         self._staged.clear()
         self._digest = Digest()

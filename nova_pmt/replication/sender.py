@@ -39,7 +39,7 @@ class _PagesFrame:
 
     def begin(self) -> Buffers:
         numbers = self._numbers.astype("<i8", copy=False).tobytes()
-        data = memoryview(self._data).cast("B")
+        data = self._data.data.cast("B")
         count = len(self._numbers)
         self._digest.add_pages(numbers, data, count)
         header = Header(Type.PAGES, len(numbers) + len(data), self._epoch, count)

@@ -80,10 +80,9 @@ def accept(conf: Any, sock: socket.socket, primary_host: str) -> socket.socket:
         secure = context.wrap_socket(sock, server_side=True)
     except OSError as error:
         raise refused(error, primary_host) from error
+    certificate: dict[str, Any] = dict(secure.getpeercert() or {})
     names = {
-        value.lower()
-        for kind, value in (secure.getpeercert() or {}).get("subjectAltName", ())
-        if kind == "DNS"
+        value.lower() for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"
     }
     if primary_host.lower() not in names:
         secure.close()

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import os
+import select
 import selectors
 import socket
 from collections.abc import Callable
@@ -86,6 +87,29 @@ def watch_process(selector: selectors.BaseSelector, pid: int, on_end: Callable[[
         on_end()
 
     selector.register(fd, selectors.EVENT_READ, ended)
+
+
+def watch_hangup(
+    selector: selectors.BaseSelector, descriptor: int, on_hangup: Callable[[], None]
+) -> Callable[[], None]:
+    """Call ``on_hangup`` when a socket's other end closes; reads nothing from it.
+
+    :returns: ends the watch.
+    """
+    inner = select.epoll()  # nested, since selectors cannot wait for the hang-up alone
+    inner.register(descriptor, select.EPOLLRDHUP)
+
+    def end() -> None:
+        if not inner.closed:
+            selector.unregister(inner)
+            inner.close()
+
+    def hung_up(_mask: int) -> None:
+        end()
+        on_hangup()
+
+    selector.register(inner, selectors.EVENT_READ, hung_up)
+    return end
 
 
 def dispatch(selector: selectors.BaseSelector, timeout_s: float) -> None:

@@ -48,9 +48,10 @@ from nova_pmt.checkpoint.statistics import RoundRecord
 from nova_pmt.checkpoint.strategies.base import Strategy, StrategyOptions
 from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest import layout as guest_layout
-from nova_pmt.guest import prelude, vmstate
+from nova_pmt.guest import prelude, process, vmstate
 from nova_pmt.guest.execution import make_execution
 from nova_pmt.guest.memory import TrackedMemory
+from nova_pmt.guest.monitor import DirectMonitor
 from nova_pmt.guest.tracker import MemoryTracker
 from nova_pmt.plugins import load_class
 from nova_pmt.replication import protocol, tls
@@ -67,6 +68,7 @@ ACTIVATION_TIMEOUT_S = 15.0
 FINAL_COMMIT_TIMEOUT_S = 30.0
 STATS_EVERY_S = 0.5
 ARBITER_RETRY_S = 0.5
+QEMU_END_TIMEOUT_S = 2.0
 MIB = 1 << 20
 
 
@@ -162,7 +164,7 @@ class Primary:
         self._post_failure(_Unprotect("nova-pmt-agent has ended"))
 
     def _on_qemu_end(self) -> None:
-        self._post_failure(exception.GuestGone("QEMU has ended"))
+        self._post_failure(exception.GuestGone("the guest's QEMU died"))
 
     def _run_io(self) -> None:
         next_stats = time.monotonic() + STATS_EVERY_S
@@ -236,6 +238,7 @@ class Primary:
                 stack.callback(connection.close)
                 self._domain = guest_domain.Domain.find(connection, self._pair.uuid)
                 self._pid = self._domain.pid()
+                self._started = process.start_time(self._pid)
                 self._protect(stack)
             except exception.PmtError as error:
                 # Only what fails before the standby could ever take over comes here.
@@ -343,6 +346,9 @@ class Primary:
         self._link.send(RawFrame(Header(Type.PRELUDE, len(head)).pack() + head))
         self._link.register(self._selector)
         io.watch_process(self._selector, self._pid, self._on_qemu_end)
+        if isinstance(monitor, DirectMonitor):
+            # The socket closes tens of ms before the process is gone.
+            stack.callback(io.watch_hangup(self._selector, monitor.fileno(), self._on_qemu_end))
         self._link.go_on()  # wakes the I/O thread
         self._rounds()
 
@@ -384,17 +390,20 @@ class Primary:
                 if isinstance(error, exception.PmtError)
                 else exception.GuestError(f"{type(error).__name__}: {error}")
             )
-            if self._qemu_ended():
+            if process.has_ended(self._pid, self._started):
                 self._guest_gone(exception.GuestGone(typed.message))
                 return
             self.agent.tell("error", error=typed.to_dict())
             self._leave(typed.message, "primary_alone")
 
     def _qemu_ended(self) -> bool:
-        try:
-            return not self._domain.pid()
-        except exception.NotRunning:
-            return True
+        """Whether QEMU is gone for certain; a broken monitor alone is no proof of it."""
+        deadline = time.monotonic() + QEMU_END_TIMEOUT_S
+        while not process.has_ended(self._pid, self._started):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
 
     # -- endings ------------------------------------------------------------------------
 
@@ -476,6 +485,10 @@ class Primary:
 
     def _guest_gone(self, error: exception.GuestGone) -> None:
         assert self._link is not None
+        if not self._qemu_ended():
+            self.agent.tell("error", error=error.to_dict())
+            self._leave(f"{error.message}, but QEMU lives", "primary_alone")
+            return
         detected = time.monotonic()
         if self._monitor.saw_event("SHUTDOWN"):
             # Told to by its owner, by the guest itself or by libvirt: not a failure.
@@ -486,16 +499,17 @@ class Primary:
             self._wait_answer((Type.BYE,), BYE_TIMEOUT_S)
             self._state("ended", "the guest was shut down")
             return
+        reason = "the guest's QEMU died"
         self._link.send(
-            RawFrame(protocol.pack_json(Type.GUEST_DIED, {"reason": error.message})), urgent=True
+            RawFrame(protocol.pack_json(Type.GUEST_DIED, {"reason": reason})), urgent=True
         )
-        self._state("failing_over", error.message, detected_at=detected)
+        self._state("failing_over", reason, detected_at=detected)
         answer = self._wait_answer((Type.ACTIVATED, Type.ERROR, Type.BYE), ACTIVATION_TIMEOUT_S)
         if answer is Type.ACTIVATED:
-            self._state("standby_active", error.message, **self._answers[Type.ACTIVATED])
+            self._state("standby_active", reason, **self._answers[Type.ACTIVATED])
             return
         self.agent.tell("error", error=error.to_dict())
-        self._state("error", f"{error.message}; the standby did not say that it goes on")
+        self._state("error", f"{reason}; the standby did not say that it goes on")
 
     def _switchover(self) -> None:
         """Planned: a final round, then the standby goes on. Nothing is lost."""

@@ -111,7 +111,7 @@ class Standby:
             raise _Cancelled(str(protocol.unpack_json(payload[0]).get("reason", "no reason")))
         elif kind is Type.GUEST_DIED:
             reason = str(protocol.unpack_json(payload[0]).get("reason", ""))
-            raise _GoOn(f"the primary's guest died: {reason}", certain=True)
+            raise _GoOn(reason, certain=True)
         elif kind is Type.SWITCHOVER:
             if header.epoch != self._receiver.committed:
                 raise exception.ProtocolMismatch(

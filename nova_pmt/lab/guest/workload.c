@@ -11,7 +11,8 @@
  * License for the specific language governing permissions and limitations
  * under the License.
  *
- * The workload of the lab's guest.
+ * The workload of the lab's guest, and its only process: as PID 1 its death is a
+ * kernel panic, so that a crash in the guest cannot go unseen.
  *
  * - a counter in a page of its own that a host can find in guest memory by its
  *   magic (nova_pmt/lab/workload.py knows the layout);
@@ -37,10 +38,14 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "init.h"
 
 #define PAGE 4096u
 #define WORDS (PAGE / 8)
@@ -401,14 +406,14 @@ int main(void)
     static struct server echo = {.port = 7, .client = echo_client};
     static struct server control = {.port = 7000, .client = control_client};
     struct timespec real, mono;
-    int urandom = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
     size_t bytes = (size_t)setting("buffer_mib", 32) * MIB;
 
     signal(SIGPIPE, SIG_IGN);
+    start_machine();
     console = open("/dev/console", O_WRONLY | O_NOCTTY | O_CLOEXEC);
-    if (urandom < 0 || read(urandom, &page.boot, sizeof page.boot) < 0)
-        page.boot = 0;
-    /* This early the kernel's pool may be empty: the clocks make boots differ all the same. */
+    /* Reading /dev/urandom this early would gather entropy first: a second under TCG. The
+     * pool alone may be the same at each boot, but the clocks never are. */
+    syscall(SYS_getrandom, &page.boot, sizeof page.boot, GRND_INSECURE);
     clock_gettime(CLOCK_REALTIME, &real);
     clock_gettime(CLOCK_MONOTONIC, &mono);
     page.boot ^= mix((uint64_t)real.tv_sec) ^ mix((uint64_t)real.tv_nsec) ^ mix((uint64_t)mono.tv_nsec);

@@ -1,0 +1,120 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""nova_pmt itself in the lab's hosts: configuration files, agents, the operator's command in ctl."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+
+from nova_pmt.exception import LabError
+from nova_pmt.lab import libvirtd
+from nova_pmt.lab.host import SHARED, LabHost
+from nova_pmt.lab.lab import Lab
+from nova_pmt.lab.process import LabProcess
+
+CONFIG = "/etc/nova_pmt/nova-pmt.conf"
+ARBITER = f"{SHARED}/arbiter"
+#: What an agent logs when it can be asked.
+READY = "is ready"
+
+_TEMPLATE = """\
+[DEFAULT]
+host = {host}
+my_ip = {address}
+transport_url = {transport_url}
+use_stderr = true
+debug = {debug}
+[arbiter]
+directory = {arbiter}
+[client]
+hosts = {hosts}
+[guest]
+memory_backing_dir = {memory}
+[replication]
+listen_address = {address}
+peer_timeout_ms = {peer_timeout_ms}
+[oslo_messaging_notifications]
+driver = {notifications}
+"""
+
+
+def configure(
+    lab: Lab,
+    *,
+    debug: bool = False,
+    peer_timeout_ms: int = 1000,
+    extra: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
+    """Write the configuration of every host.
+
+    :param peer_timeout_ms: twice the product's default: two cores emulate all hosts and guests.
+    :param extra: group to option to value, on top.
+    """
+    arbiter = lab.ctl.path(ARBITER)
+    arbiter.mkdir(parents=True, exist_ok=True)
+    for host in lab.hosts:
+        text = _TEMPLATE.format(
+            host=host.name,
+            address=host.repl_ip,
+            transport_url=lab.transport_url if lab.rabbit else "fake://",
+            debug=str(debug).lower(),
+            arbiter=ARBITER,
+            hosts=",".join(compute.name for compute in lab.computes),
+            memory=libvirtd.MEMORY_BACKING,
+            peer_timeout_ms=peer_timeout_ms,
+            notifications="messagingv2" if lab.rabbit else "noop",
+        )
+        for group, options in (extra or {}).items():
+            text += f"[{group}]\n" + "".join(f"{name} = {v}\n" for name, v in options.items())
+        path = host.path(CONFIG)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w", encoding="ascii") as file:  # holds the message bus's password
+            file.write(text)
+
+
+def start_agent(host: LabHost, env: Mapping[str, str] | None = None) -> LabProcess:
+    """Start nova-pmt-agent in a host; :func:`wait_agents` waits for it."""
+    return host.spawn("nova-pmt-agent", ["nova-pmt-agent", "--config-file", CONFIG], env)
+
+
+def wait_agents(lab: Lab, timeout: float = 60.0) -> None:
+    """Wait until every agent of the lab listens.
+
+    :raises LabError: one ended, or did not get that far in time.
+    """
+    deadline = time.monotonic() + timeout
+    for host in lab.computes:
+        agent = host.processes["nova-pmt-agent"]
+        while READY not in agent.tail(1 << 20):
+            if not agent.alive() or time.monotonic() > deadline:
+                raise LabError(f"nova-pmt-agent of {host.name} is not ready: {agent.tail()}")
+            time.sleep(0.05)
+
+
+def operate(
+    lab: Lab, *arguments: str, check: bool = True, timeout: float = 120.0
+) -> subprocess.CompletedProcess[str]:
+    """Run the operator's command ``nova-pmt`` in ctl."""
+    result = lab.ctl.run(
+        ["nova-pmt", *arguments], check=False, timeout=timeout
+    )
+    if check and result.returncode:
+        raise LabError(
+            f"nova-pmt {' '.join(arguments)} ended with {result.returncode}: "
+            f"{result.stderr.strip() or result.stdout.strip()}"
+        )
+    return result
