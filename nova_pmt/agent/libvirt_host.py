@@ -32,6 +32,7 @@ from nova_pmt.guest.monitor import Monitor
 from nova_pmt.guest.tracker import MemoryTracker
 from nova_pmt.plugins import load_class
 from nova_pmt.standby import domainxml
+from nova_pmt.standby.settle import settle
 
 LOG = log.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class LibvirtHost:
     @staticmethod
     def _info(domain: Domain) -> DomainInfo:
         running = False
-        with contextlib.suppress(exception.GuestError):
+        with contextlib.suppress(exception.GuestGone):
             running = domain.active and domainxml.read_mark(domain.xml()) is None
         return DomainInfo(domain.uuid, domain.name, running)
 
@@ -140,16 +141,6 @@ class LibvirtHost:
         found = checks.standby_memory(
             self._conf.guest.memory_backing_dir, memory_bytes + STANDBY_OVERHEAD_BYTES
         )
-        with contextlib.suppress(exception.UnknownDomain):
-            domain = self._find(uuid)
-            if domain.active:
-                found.append(
-                    exception.Refusal(
-                        f"a domain with UUID {uuid} runs on the standby host already",
-                        code="ALREADY_RUNNING",
-                        cure="Find out why the server runs twice; end one of the two domains.",
-                    )
-                )
         found += self._tracker_problems()  # it must be able to protect the guest after a failover
         return found
 
@@ -161,6 +152,24 @@ class LibvirtHost:
         if state == libvirt.VIR_DOMAIN_PAUSED and reason != libvirt.VIR_DOMAIN_PAUSED_USER:
             LOG.warning("%s: its worker died in a pause; letting it run", uuid)
             domain.resume()
+
+    def finish_takeover(self, uuid: str) -> bool:
+        """See the interface."""
+        try:
+            domain = self._find(uuid)
+        except exception.UnknownDomain:
+            return False
+        if not domain.active:
+            return False
+        with self._monitor(domain) as monitor:
+            status = monitor.execute("query-status")["status"]
+            if status in ("inmigrate", "finish-migrate"):
+                return False
+            if status != "running":
+                LOG.warning("%s: won, but its worker died: letting it run", uuid)
+                domain.resume()
+            settle(domain, monitor)
+        return True
 
     def destroy(self, uuid: str) -> None:
         """See the interface."""

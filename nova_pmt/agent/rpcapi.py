@@ -1,0 +1,170 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The RPC interface of nova-pmt-agent, seen from a caller: another agent or the command line.
+
+Topic ``nova-pmt-agent``, server = host name, version 1.0. Every answer is an envelope,
+``{"result": ...}`` or ``{"error": {code, message, cure, details}}``: oslo.messaging's own way of
+passing exceptions would lose code, cure and details.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from oslo_log import log
+
+from nova_pmt import exception
+from nova_pmt.messaging import oslo_messaging
+
+LOG = log.getLogger(__name__)
+
+#: Named here and not by control_exchange: agents and command line must agree on it.
+EXCHANGE = "nova_pmt"
+TOPIC = "nova-pmt-agent"
+VERSION = "1.0"
+#: An agent that is alive says so at least this often while it works on a long call, in seconds.
+_ALIVE_S = 10
+#: Beyond the timeout: oslo.messaging may wait for ever for a broker that is not there.
+_GRACE_S = 3.0
+
+
+class AgentAPI:
+    """Calls agents.
+
+    Every method raises :class:`nova_pmt.exception.HostUnreachable` when there is no answer in
+    time, and else whatever :class:`nova_pmt.exception.PmtError` the agent raised.
+
+    :param timeout_s: for calls that only look.
+    :param work_timeout_s: for calls that start or end workers.
+    """
+
+    def __init__(self, transport: Any, timeout_s: float = 10, work_timeout_s: float = 180) -> None:
+        target = oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, version=VERSION)
+        self._client = oslo_messaging.get_rpc_client(transport, target)
+        self._timeout_s = timeout_s
+        self._work_timeout_s = max(timeout_s, work_timeout_s)
+
+    def find(self, host: str, domain: str) -> dict[str, Any]:
+        """Does the host know this domain, does it run there, and what part has it in a pair?"""
+        return self._look(host, "find", domain=domain)
+
+    def check(self, host: str, domain: str, standby_host: str | None = None) -> dict[str, Any]:
+        """Could it be protected? Changes nothing."""
+        return self._call(
+            host, "check", 3 * self._timeout_s, domain=domain, standby_host=standby_host
+        )
+
+    def check_standby(
+        self, host: str, *, uuid: str, memory_bytes: int, arbiter_token: str, primary_host: str
+    ) -> list[dict[str, Any]]:
+        """Why the host cannot hold this standby: error dictionaries."""
+        return self._look(
+            host,
+            "check_standby",
+            uuid=uuid,
+            memory_bytes=memory_bytes,
+            arbiter_token=arbiter_token,
+            primary_host=primary_host,
+        )
+
+    def protect(
+        self,
+        host: str,
+        domain: str,
+        standby_host: str,
+        strategy: str | None = None,
+        options: dict[str, float] | None = None,
+    ) -> dict[str, Any]:
+        """Begin to protect; returns the pair's status once its first synchronisation began."""
+        return self._work(
+            host,
+            "protect",
+            domain=domain,
+            standby_host=standby_host,
+            strategy=strategy,
+            options=options or {},
+        )
+
+    def prepare_standby(
+        self, host: str, *, pair: dict[str, Any], domain_xml: str, layout: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Start a standby; returns the ``address`` and ``port`` where it waits for its primary."""
+        return self._work(host, "prepare_standby", pair=pair, domain_xml=domain_xml, layout=layout)
+
+    def release_standby(self, host: str, *, uuid: str, generation: int) -> dict[str, Any]:
+        """End a standby of that generation or an older one; ``gone`` tells that there is none."""
+        return self._work(host, "release_standby", uuid=uuid, generation=generation)
+
+    def unprotect(self, host: str, domain: str) -> dict[str, Any]:
+        """End protection; the guest runs on."""
+        return self._work(host, "unprotect", domain=domain)
+
+    def failover(self, host: str, domain: str, force: bool = False) -> dict[str, Any]:
+        """Primary's host: planned switchover. Standby's host, with force: take over."""
+        return self._work(host, "failover", domain=domain, force=force)
+
+    def status(self, host: str, domain: str | None = None) -> dict[str, Any]:
+        """Pairs of that host in full, and what happened to pairs that are no more."""
+        return self._look(host, "status", domain=domain)
+
+    def list(self, host: str) -> dict[str, Any]:
+        """Pairs of that host in short."""
+        return self._look(host, "list")
+
+    def _look(self, host: str, method: str, **arguments: Any) -> Any:
+        return self._call(host, method, self._timeout_s, **arguments)
+
+    def _work(self, host: str, method: str, **arguments: Any) -> Any:
+        return self._call(host, method, self._work_timeout_s, **arguments)
+
+    def _call(self, host: str, method: str, timeout_s: float, **arguments: Any) -> Any:
+        context = self._client.prepare(
+            server=host,
+            timeout=timeout_s,
+            # A host that is dead is noticed long before the timeout of a call that takes long.
+            call_monitor_timeout=_ALIVE_S if timeout_s > _ALIVE_S else None,
+            retry=1,
+        )
+        answer: dict[str, Any] = {}
+
+        def call() -> None:
+            try:
+                answer["envelope"] = context.call({}, method, **arguments)
+            except oslo_messaging.MessagingTimeout:
+                answer["failed"] = f"no answer within {timeout_s:g} s"
+            except oslo_messaging.MessagingException as error:
+                answer["failed"] = str(error)
+            except Exception as error:  # noqa: BLE001 - drivers raise their libraries' own, too
+                answer["failed"] = f"{type(error).__name__}: {error}"
+
+        thread = threading.Thread(target=call, name=f"rpc-{method}-{host}", daemon=True)
+        thread.start()
+        thread.join(timeout_s + _GRACE_S)
+        if "envelope" in answer:
+            return unwrap(answer["envelope"])
+        why = answer.get("failed", "the message bus does not answer")
+        raise exception.HostUnreachable(f"nova-pmt-agent on {host}: {why}", host=host)
+
+
+def unwrap(envelope: Any) -> Any:
+    """The result in an envelope.
+
+    :raises nova_pmt.exception.PmtError: the error in the envelope.
+    """
+    if isinstance(envelope, dict):
+        if isinstance(envelope.get("error"), dict):
+            raise exception.from_dict(envelope["error"])
+        if "result" in envelope:
+            return envelope["result"]
+    raise exception.PeerError("the agent's answer is not an envelope")

@@ -1,0 +1,312 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What each command of ``nova-pmt`` does. All raise :class:`nova_pmt.exception.PmtError`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from nova_pmt import exception
+from nova_pmt.agent import inputs
+from nova_pmt.agent.rpcapi import AgentAPI
+from nova_pmt.client import hosts, progress, render
+
+_REFRESH_S = 0.5
+_STATUS_OK, _STATUS_FAILED, _STATUS_USAGE, _STATUS_REFUSED, _STATUS_UNREACHABLE = range(5)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a command works with.
+
+    :param configured: ``[client] hosts``.
+    """
+
+    args: argparse.Namespace
+    api: AgentAPI
+    configured: list[str]
+    out: Console
+    err: Console
+    sleep: Callable[[float], None] = time.sleep
+
+    @property
+    def json(self) -> bool:
+        return bool(self.args.format == "json")
+
+    def hosts(self) -> list[str]:
+        """The hosts to ask."""
+        return hosts.known(self.configured, self.args.host)
+
+    def host(self, role: str = "primary") -> str:
+        """The host to send this command to."""
+        if self.args.host is not None:
+            return str(self.args.host)
+        return hosts.locate(self.api, self.hosts(), self.args.domain, role)
+
+    def say(self, text: str) -> None:
+        self.out.print(render.clean(text), markup=False, highlight=False, soft_wrap=True)
+
+    def give(self, data: Any) -> None:
+        """A result for programs."""
+        self.out.file.write(json.dumps(data, indent=2) + "\n")
+
+    def complain(self, error: exception.PmtError) -> None:
+        """An error on stderr."""
+        complain(self.err, error, self.json)
+
+
+def complain(err: Console, error: exception.PmtError, as_json: bool) -> None:
+    """An error, its cure, and the errors that came with it."""
+    if as_json:
+        err.file.write(json.dumps({"error": error.to_dict()}) + "\n")
+        return
+    also = error.details.get("also")
+    for one in (error.to_dict(), *(also if isinstance(also, list) else ())):
+        err.file.write(f"error {one['code']}: {render.clean(one['message'])}\n")
+        err.file.write(f"cure: {render.clean(one['cure'])}\n")
+
+
+def exit_status(error: exception.PmtError) -> int:
+    """The exit status for an error."""
+    if isinstance(error, exception.HostUnreachable):
+        return _STATUS_UNREACHABLE
+    return _STATUS_REFUSED if isinstance(error, exception.Refusal) else _STATUS_FAILED
+
+
+def check(session: Session) -> int:
+    """``check``: reasons on stderr, the verdict on stdout."""
+    args = session.args
+    found = session.api.check(session.host(), args.domain, args.standby)
+    if session.json:
+        session.give(found)
+        return _STATUS_OK if found["ok"] else _STATUS_REFUSED
+    domain = found["domain"]
+    name = f"{domain['name']} ({domain['uuid']}) on {found['host']}"
+    for warning in found["warnings"]:
+        session.say(f"warning: {warning}")
+    for refusal in found["refusals"]:
+        session.complain(exception.from_dict(refusal))
+    where = f" with its standby on {args.standby}" if args.standby else ""
+    verdict = "can be protected" if found["ok"] else "cannot be protected"
+    session.say(f"{name} {verdict}{where}")
+    return _STATUS_OK if found["ok"] else _STATUS_REFUSED
+
+
+def protect(session: Session) -> int:
+    """``protect``: begin, then show the first synchronisation until it is done."""
+    args = session.args
+    wishes = {
+        name: getattr(args, name)
+        for name in inputs.OPTION_BOUNDS
+        if getattr(args, name) is not None
+    }
+    host = session.host()
+    pair = session.api.protect(host, args.domain, args.standby, args.strategy, wishes)
+    if not args.no_wait:
+        uuid = pair["uuid"]
+        try:
+            pair = progress.wait(
+                lambda: session.api.status(host, uuid), session.err, args.timeout, session.sleep
+            )
+        except KeyboardInterrupt:
+            session.say(f"{pair['name']}: the synchronisation goes on; see 'nova-pmt status'")
+            raise
+    if session.json:
+        session.give(pair)
+    else:
+        session.say(
+            f"{pair['name']} ({pair['uuid']}): {pair['state']}, "
+            f"{pair['primary_host']} -> {pair['standby_host']}"
+        )
+    return _STATUS_OK
+
+
+def unprotect(session: Session) -> int:
+    """``unprotect``."""
+    pair = session.api.unprotect(session.host(), session.args.domain)
+    if session.json:
+        session.give(pair)
+    else:
+        session.say(
+            f"{pair['name']} ({pair['uuid']}): {pair['state']}; it runs on, on {pair['host']}"
+        )
+    return _STATUS_OK
+
+
+def list_pairs(session: Session) -> int:
+    """``list``."""
+    answers = hosts.ask(session.hosts(), session.api.list)
+    pairs = [
+        {**pair, "host": host}
+        for host, answer in answers.results.items()
+        for pair in answer["pairs"]
+    ]
+    if session.json:
+        session.give({"pairs": pairs, "errors": _errors(answers)})
+    else:
+        session.out.print(render.short_table(pairs))
+        if not pairs and answers.results:
+            session.say("no pairs")
+    return _report(session, answers)
+
+
+def status(session: Session) -> int:
+    """``status``: every pair in full, and what became of those that are no more."""
+    domain = session.args.domain
+    answers = hosts.ask(session.hosts(), lambda host: session.api.status(host, domain))
+    pairs = [pair for answer in answers.results.values() for pair in answer["pairs"]]
+    recent = [pair for answer in answers.results.values() for pair in answer["recent"]]
+    if domain is not None:
+        _forgive(answers)
+    if session.json:
+        session.give({"pairs": pairs, "recent": recent, "errors": _errors(answers)})
+        return _report(session, answers)
+    for pair in pairs:
+        session.out.print(render.status_table(pair))
+        session.out.print()
+    if recent:
+        session.say("earlier:")
+    for pair in recent:
+        session.say(
+            f"  {render.moment(pair['since'])} {pair['name']} ({pair['uuid']}) on {pair['host']}: "
+            f"{pair['state']}, {pair['primary_host']} -> {pair['standby_host']}; {_story(pair)}"
+        )
+    if not pairs and not recent and answers.results:
+        session.say("no pairs")
+    return _report(session, answers)
+
+
+def top(session: Session) -> int:
+    """``top``: live on a terminal, one table after the other elsewhere."""
+    args, names = session.args, session.hosts()
+    count = 1 if args.once else args.iterations
+    answers = hosts.Answers()
+    with contextlib.ExitStack() as stack:
+        live = None
+        if session.out.is_terminal and not session.json and count != 1:
+            live = Live(console=session.out, auto_refresh=False, screen=count is None)
+            stack.enter_context(live)
+        for turn in range(count) if count else itertools.count():
+            if turn:
+                session.sleep(_REFRESH_S)
+            answers = hosts.ask(names, lambda host: session.api.status(host, None))
+            _show_top(session, answers, live)
+    return _report(session, answers)
+
+
+def _show_top(session: Session, answers: hosts.Answers, live: Live | None) -> None:
+    pairs = [
+        pair
+        for answer in answers.results.values()
+        for pair in answer["pairs"]
+        if pair["role"] == "primary"
+    ]
+    if session.json:
+        rows = [render.top_row(pair) for pair in pairs]
+        session.give({"pairs": rows, "errors": _errors(answers)})
+        return
+    table = render.top_table(pairs)
+    if live is None:
+        session.out.print(table)
+        return
+    if answers.errors:
+        table.caption = render.cell(f"no answer: {', '.join(answers.errors)}", "red")
+    live.update(table, refresh=True)
+
+
+def failover(session: Session) -> int:
+    """``failover``: planned on the primary's host, forced on the standby's."""
+    args = session.args
+    host = session.host("standby" if args.force else "primary")
+    if not args.yes and not _agreed(session, host):
+        return _STATUS_USAGE
+    begun = time.monotonic()
+    done = session.api.failover(host, args.domain, args.force)
+    took_s = time.monotonic() - begun
+    if session.json:
+        session.give(done)
+    else:
+        session.say(
+            f"{done['name']} ({done['uuid']}) runs on {done['active_host']}, after {took_s:.1f} s"
+        )
+        for key, value in (done.get("details") or {}).items():
+            session.say(f"  {key}: {value}")
+    return _STATUS_OK
+
+
+def _agreed(session: Session, host: str) -> bool:
+    if not (sys.stdin.isatty() and session.err.is_terminal):
+        session.complain(
+            exception.PmtError(
+                "failover asks before it acts, and there is no terminal to ask on",
+                code="USAGE",
+                cure="Add --yes.",
+            )
+        )
+        return False
+    what = "take over by force from" if session.args.force else "move away from"
+    session.err.print(
+        render.clean(f"{session.args.domain}: {what} its primary (ask {host})? [y/N] "),
+        markup=False, highlight=False, end="",
+    )  # fmt: skip
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _story(pair: dict[str, Any]) -> str:
+    details = ", ".join(f"{key} {value}" for key, value in (pair.get("details") or {}).items())
+    return "; ".join(text for text in (pair.get("reason"), details) if text) or "no more is known"
+
+
+def _forgive(answers: hosts.Answers) -> None:
+    """A host that knows nothing of a domain is no error when another one does."""
+    strangers = (exception.UnknownDomain, exception.NotProtected)
+    others = {host: e for host, e in answers.errors.items() if isinstance(e, strangers)}
+    if not answers.results and others:
+        # 'not protected' says more than 'unknown here': one of them, not one for each host
+        best = max(others, key=lambda host: isinstance(others[host], exception.NotProtected))
+        others.pop(best)
+    for host in others:
+        del answers.errors[host]
+
+
+def _errors(answers: hosts.Answers) -> dict[str, Any]:
+    return {host: error.to_dict() for host, error in answers.errors.items()}
+
+
+def _report(session: Session, answers: hosts.Answers) -> int:
+    """Hosts that could not answer, and the exit status that follows."""
+    for error in answers.errors.values():
+        session.complain(error)
+    return max((exit_status(error) for error in answers.errors.values()), default=_STATUS_OK)
+
+
+COMMANDS: dict[str, Callable[[Session], int]] = {
+    "check": check,
+    "protect": protect,
+    "unprotect": unprotect,
+    "list": list_pairs,
+    "status": status,
+    "top": top,
+    "failover": failover,
+}

@@ -1,0 +1,217 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What operators see: tables made from what agents answered. Pure functions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+_STYLES = {
+    "protected": "green",
+    "syncing": "cyan",
+    "reprotecting": "cyan",
+    "waiting": "cyan",
+    "starting": "cyan",
+    "standby_active": "magenta",
+    "failing_over": "magenta",
+    "primary_alone": "yellow",
+    "undecided": "bold red",
+    "error": "bold red",
+}
+_MIB = 1 << 20
+
+
+def clean(value: Any) -> str:
+    """Text that cannot steer the terminal: names and reasons come from elsewhere."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
+def cell(value: Any, style: str = "") -> Text:
+    """Text as it is: square brackets are no markup."""
+    return Text(clean("-" if value is None or value == "" else value), style=style)
+
+
+def state(name: str) -> Text:
+    return cell(name, _STYLES.get(name, ""))
+
+
+def moment(at: float) -> str:
+    """Local time of seconds since 1970."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def number(data: Mapping[str, Any] | None, *path: str, digits: int = 1) -> str:
+    """A number inside nested dictionaries, ``-`` when it is not there."""
+    found: Any = data
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        return "-"
+    return f"{found:.{digits}f}" if isinstance(found, float) else str(found)
+
+
+def rate(stats: Mapping[str, Any] | None) -> str:
+    """MB/s on the wire."""
+    found = (stats or {}).get("bytes_per_s")
+    return f"{found / 1e6:.1f}" if isinstance(found, (int, float)) else "-"
+
+
+def short_table(pairs: Iterable[Mapping[str, Any]]) -> Table:
+    """``nova-pmt list``."""
+    table = _table("SERVER", "UUID", "HOST", "ROLE", "STATE", "PRIMARY", "STANDBY", "SINCE")
+    for pair in pairs:
+        table.add_row(
+            cell(pair["name"]),
+            cell(pair["uuid"]),
+            cell(pair["host"]),
+            cell(pair["role"]),
+            state(pair["state"]),
+            cell(pair["primary_host"]),
+            cell(pair["standby_host"]),
+            cell(moment(pair["since"])),
+        )
+    return table
+
+
+def status_table(pair: Mapping[str, Any]) -> Table:
+    """One pair in full, as its host sees it."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _facts(pair):
+        table.add_row(cell(name), value if isinstance(value, Text) else cell(value))
+    return table
+
+
+def _facts(pair: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    stats = pair.get("stats")
+    yield "server", f"{pair['name']} ({pair['uuid']})"
+    yield "host", f"{pair['host']} ({pair['role']})"
+    yield "state", state(pair["state"])
+    yield "since", moment(pair["since"])
+    if pair.get("reason"):
+        yield "reason", pair["reason"]
+    yield from (pair.get("details") or {}).items()
+    way = f"{pair['primary_host']} -> {pair['standby_host']}"
+    yield "pair", f"{way}, generation {pair['generation']}"
+    progress = progress_text(pair.get("progress"))
+    if progress:
+        yield "first synchronisation", progress
+    if pair["role"] == "primary":
+        yield "strategy", _strategy(pair, stats)
+        yield "output commit", "yes" if pair.get("output_commit") else "no"
+    if stats:
+        yield from _numbers(pair["role"], stats)
+    if pair.get("next_attempt_s") is not None:
+        yield "next attempt", f"in {pair['next_attempt_s']:g} s ({pair['attempts']} failed)"
+    error = pair.get("last_error")
+    if error:
+        yield "last error", f"{error['code']}: {error['message']}"
+        yield "cure", error["cure"]
+
+
+def _strategy(pair: Mapping[str, Any], stats: Mapping[str, Any] | None) -> str:
+    words = [str(pair["strategy"])]
+    words += [f"{key}={value:g}" for key, value in (pair.get("options") or {}).items()]
+    if stats and stats.get("throttled"):
+        words.append("(throttled: the cache is at its limit)")
+    return " ".join(words)
+
+
+def _numbers(role: str, stats: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    yield "committed", number(stats, "committed")
+    if role == "standby":
+        yield "received MiB", _mib(stats, "received_bytes")
+        yield "apply ms p50/p99", _two(stats, "apply_ms", "p50", "p99")
+        yield "staging MiB", number(stats, "staging_mib")
+        return
+    yield "epoch", f"{number(stats, 'epoch')}, in flight {number(stats, 'in_flight')}"
+    yield "interval ms", number(stats, "interval_ms")
+    yield (
+        "pause ms p50/p99/max",
+        (f"{_two(stats, 'pause_ms', 'p50', 'p99', digits=2)}/{number(stats, 'pause_ms', 'max')}"),
+    )
+    yield "pages p50/in pause", _two(stats, "pages", "p50", "in_pause_p50", digits=0)
+    yield "commit ms p50/p99", _two(stats, "commit_ms", "p50", "p99")
+    yield "MB/s", rate(stats)
+    yield (
+        "cache MiB used/backed/limit",
+        (f"{_two(stats, 'cache', 'used_mib', 'backed_mib')}/{number(stats, 'cache', 'limit_mib')}"),
+    )
+    yield "last commit", f"{number(stats, 'last_commit_age_ms', digits=0)} ms ago"
+
+
+def _two(stats: Mapping[str, Any], group: str, one: str, two: str, digits: int = 1) -> str:
+    return f"{number(stats, group, one, digits=digits)}/{number(stats, group, two, digits=digits)}"
+
+
+def _mib(stats: Mapping[str, Any], key: str) -> str:
+    found = stats.get(key)
+    return f"{found / _MIB:.1f}" if isinstance(found, (int, float)) else "-"
+
+
+def progress_text(progress: Mapping[str, Any] | None) -> str:
+    """How far the first synchronisation is; empty when nothing is known."""
+    if not progress or not progress.get("total_pages"):
+        return ""
+    done, total = int(progress.get("done_pages", 0)), int(progress["total_pages"])
+    sent = float(progress.get("sent_bytes", 0)) / _MIB
+    return f"{min(100, 100 * done // total)} % ({done} of {total} pages, {sent:.0f} MiB sent)"
+
+
+def top_table(pairs: Iterable[Mapping[str, Any]]) -> Table:
+    """``nova-pmt top``: one line for each primary."""
+    table = _table("SERVER", "PRIMARY", "STANDBY", "STATE", "EPOCH")
+    for title in ("PAUSE ms p50", "p99", "PAGES", "MB/s", "CACHE MiB", "LAG", "COMMIT ms ago"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for pair in pairs:
+        stats = pair.get("stats")
+        percent = progress_text(pair.get("progress")).split(" (")[0]
+        shown = state(pair["state"])
+        if percent:
+            shown.append(f" {percent}")
+        if stats and stats.get("throttled"):
+            shown.append(" throttled", "yellow")
+        table.add_row(
+            cell(pair["name"]),
+            cell(pair["primary_host"]),
+            cell(pair["standby_host"]),
+            shown,
+            cell(number(stats, "epoch")),
+            cell(number(stats, "pause_ms", "p50", digits=2)),
+            cell(number(stats, "pause_ms", "p99", digits=2)),
+            cell(number(stats, "pages", "p50", digits=0)),
+            cell(rate(stats)),
+            cell(f"{number(stats, 'cache', 'used_mib')}/{number(stats, 'cache', 'limit_mib')}"),
+            cell(number(stats, "in_flight")),
+            cell(number(stats, "last_commit_age_ms", digits=0)),
+        )
+    return table
+
+
+def top_row(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of ``top`` for programs."""
+    keys = ("uuid", "name", "host", "state", "primary_host", "standby_host", "progress", "stats")
+    return {key: pair.get(key) for key in keys}
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, no_wrap=True)
+    return table

@@ -1,0 +1,410 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The life of a pair: who claims, who is destroyed, who begins again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from nova_pmt import exception
+from tests.unit.agent.rig import UUID, Rig, eventually
+
+
+def test_protect_starts_a_standby_and_then_a_primary_that_knows_where_it_listens(rig: Rig) -> None:
+    pair = rig.api.protect("a", UUID, "b", options={"interval_ms": 20, "max_pause_ms": 2.5})
+    assert pair["state"] in ("syncing", "protected")
+    assert (pair["primary_host"], pair["standby_host"], pair["role"]) == ("a", "b", "primary")
+    eventually(lambda: rig.a.state() == rig.b.state() == "protected")
+    assert rig.a.spec("primary")["options"] == {"interval_ms": 20, "max_pause_ms": 2.5}
+    assert rig.b.spec("standby")["domain_xml"] == "<domain/>"
+    assert rig.a.spec("primary")["pair"] == rig.b.spec("standby")["pair"]
+
+
+def test_generations_grow_with_the_time_so_that_they_grow_across_hosts(rig: Rig) -> None:
+    before = int(time.time())
+    rig.protect()
+    assert rig.generation() >= before
+    assert rig.b.parts.generations.last(UUID) == rig.generation()
+
+
+def test_a_generation_that_was_decided_before_is_never_used_again(rig: Rig) -> None:
+    now = int(time.time())
+    for generation in range(now, now + 5):
+        rig.arbiter.claim(UUID, generation, "standby")
+    rig.protect()
+    assert rig.generation() >= now + 5
+
+
+def test_unprotect_leaves_the_guest_running_and_nothing_else(rig: Rig) -> None:
+    rig.protect()
+    assert rig.api.unprotect("a", UUID)["state"] == "unprotected"
+    assert rig.a.host.state() == "running"
+    eventually(lambda: rig.b.recent() == "unprotected")
+    assert rig.b.host.state() is None
+    assert rig.a.record() is None
+    assert rig.b.record() is None
+
+
+def test_a_primary_worker_that_dies_is_claimed_for_and_its_guest_is_protected_again(
+    rig: Rig,
+) -> None:
+    rig.protect()
+    first = rig.generation()
+    rig.a.host.define(state="paused")  # it died in a pause
+    rig.a.kill_worker()
+    eventually(lambda: rig.a.state() == "protected" and rig.generation() > first)
+    assert rig.arbiter.winner(UUID, first) == "primary"
+    assert ("recover", UUID) in rig.a.host.calls
+    assert rig.a.host.state() == "running"
+    states = rig.a.recorder.states()
+    assert [s for s in states if s in ("primary_alone", "reprotecting")][:2] == [
+        "primary_alone",
+        "reprotecting",
+    ]
+
+
+def test_a_primary_whose_claim_is_lost_is_destroyed(rig: Rig) -> None:
+    rig.b.behave(standby="hold")
+    rig.protect()
+    rig.arbiter.claim(UUID, rig.generation(), "standby")
+    rig.a.kill_worker()
+    eventually(lambda: rig.a.recent() == "standby_active")
+    assert ("destroy", UUID) in rig.a.host.calls
+    assert rig.a.host.state() == "shut"
+    assert rig.a.record() is None
+
+
+def test_no_claim_is_made_for_a_guest_that_died_so_that_its_standby_goes_on(rig: Rig) -> None:
+    rig.b.behave(claim_delay_s=0.05)
+    rig.protect()
+    generation = rig.generation()
+    rig.a.host.define(state="shut")
+    rig.a.kill_worker()
+    eventually(lambda: rig.b.recent() == "standby_active")
+    eventually(lambda: rig.a.recent() == "standby_active")
+    assert rig.arbiter.winner(UUID, generation) == "standby"
+    assert rig.b.host.state() == "running"
+
+
+def test_without_an_answer_from_libvirt_no_claim_is_made_and_the_state_says_so(rig: Rig) -> None:
+    rig.b.behave(claim_delay_s=0.3)
+    rig.protect()
+    rig.a.host.broken = exception.GuestError("libvirt does not answer")
+    rig.a.kill_worker()
+    eventually(lambda: rig.a.state() == "undecided")
+    eventually(lambda: rig.b.recent() == "standby_active")
+    rig.a.host.broken = None
+    eventually(lambda: rig.a.recent() == "standby_active")
+    assert rig.a.host.state() == "shut"
+
+
+def test_an_arbiter_that_does_not_answer_is_asked_until_it_does(rig: Rig) -> None:
+    rig.b.behave(standby="hold")
+    rig.protect()
+    hidden = rig.arbiter_path.with_name("hidden")
+    rig.arbiter_path.rename(hidden)
+    rig.a.kill_worker()
+    view = eventually(
+        lambda: rig.a.state() == "undecided" and rig.api.status("a", UUID)["pairs"][0]
+    )
+    assert view["last_error"]["code"] == "ARBITER_UNAVAILABLE"
+    hidden.rename(rig.arbiter_path)
+    eventually(lambda: "primary_alone" in rig.a.recorder.states())
+
+
+def test_a_standby_worker_that_dies_is_cleaned_up_after_and_the_primary_asks_again(
+    rig: Rig,
+) -> None:
+    rig.protect()
+    first = rig.generation()
+    rig.b.kill_worker()
+    eventually(lambda: rig.a.state() == "protected" and rig.generation() > first)
+    assert ("cleanup_standby", UUID) in rig.b.host.calls
+    eventually(lambda: rig.b.state() == "protected")
+
+
+def test_a_standby_whose_worker_died_after_it_won_goes_on(rig: Rig) -> None:
+    rig.b.behave(claim_delay_s=0.0, standby="die_after_claim")
+    rig.protect()
+    rig.a.host.broken = exception.GuestError("libvirt does not answer")
+    rig.a.kill_worker()
+    eventually(lambda: rig.b.recent() == "standby_active")
+    assert rig.b.host.state() == "running"
+    assert "it had won" in rig.b.parts.pairs.recent()[0]["reason"]
+
+
+def test_a_standby_that_won_without_a_loaded_state_is_reported_as_an_error(rig: Rig) -> None:
+    rig.b.behave(claim_delay_s=0.0, standby="die_after_claim")
+    rig.b.host.loaded = False
+    rig.protect()
+    rig.a.host.broken = exception.GuestError("libvirt does not answer")
+    rig.a.kill_worker()
+    eventually(lambda: rig.b.recent() == "error")
+    assert "start the server again" in rig.b.parts.pairs.recent()[0]["reason"]
+    eventually(lambda: ("error", "nova_pmt.pair.error") in [e[:2] for e in rig.b.recorder.events])
+
+
+def test_attempts_to_protect_again_back_off_and_are_visible(stopped_rig: Rig) -> None:
+    rig = stopped_rig
+    rig.a.timing = replace(rig.a.timing, resync_s=0.02, resync_max_s=60)
+    rig.start()
+    rig.protect()
+    rig.b.host.standby_refusals = [exception.TooLittleMemory("1 GiB is missing on b")]
+    rig.b.kill_worker()
+
+    def waiting() -> dict | None:
+        pairs = rig.api.status("a", UUID)["pairs"]
+        return next((p for p in pairs if p["attempts"] >= 4 and p["next_attempt_s"]), None)
+
+    pair = eventually(waiting)
+    assert pair["state"] == "primary_alone"
+    assert pair["last_error"]["code"] == "TOO_LITTLE_MEMORY"
+    assert "next attempt in 0.32 s" in pair["reason"]
+    assert rig.a.host.state() == "running"
+    rig.b.host.standby_refusals = []
+    eventually(lambda: rig.a.state() == "protected")
+
+
+def test_unprotect_ends_the_attempts_to_protect_again(stopped_rig: Rig) -> None:
+    rig = stopped_rig
+    rig.a.timing = replace(rig.a.timing, resync_s=60)
+    rig.start()
+    rig.protect()
+    rig.b.kill_worker()
+    eventually(lambda: rig.api.status("a", UUID)["pairs"][0]["next_attempt_s"])
+    assert rig.api.unprotect("a", UUID)["state"] == "unprotected"
+    assert rig.a.record() is None
+
+
+def test_without_resync_the_guest_runs_on_alone_and_can_be_protected_anew(
+    stopped_rig: Rig,
+) -> None:
+    rig = stopped_rig
+    rig.a.resync = False
+    rig.start()
+    rig.protect()
+    rig.a.kill_worker()
+    eventually(lambda: rig.a.recent() == "primary_alone")
+    eventually(lambda: rig.b.recent() == "cancelled")
+    rig.protect()
+
+
+def test_switchover_moves_the_guest_and_tells_where_it_runs(rig: Rig) -> None:
+    rig.protect()
+    done = rig.api.failover("a", UUID)
+    assert (done["state"], done["active_host"]) == ("standby_active", "b")
+    assert done["details"] == {"switchover_ms": 12}
+    assert rig.b.host.state() == "running"
+    assert rig.a.host.state() == "shut"
+    recent = eventually(lambda: rig.api.status("b", UUID)["recent"])[0]
+    assert (recent["state"], recent["primary_host"]) == ("standby_active", "a")
+
+
+def test_five_moves_back_and_forth(rig: Rig) -> None:
+    here, there = rig.a, rig.b
+    for _ in range(5):
+        rig.api.protect(here.name, UUID, there.name)
+        eventually(lambda h=here, t=there: h.state() == t.state() == "protected")
+        rig.api.failover(here.name, UUID)
+        eventually(lambda h=here, t=there: h.state() is None and t.state() is None)
+        here, there = there, here
+    assert here is rig.b
+    assert rig.b.host.state() == "running"
+
+
+def test_takeover_needs_force_while_the_primary_is_healthy(rig: Rig) -> None:
+    rig.protect()
+    with pytest.raises(exception.PrimaryHealthy) as refused:
+        rig.api.failover("b", UUID)
+    assert "--host a" in refused.value.cure
+    done = rig.api.failover("b", UUID, force=True)
+    assert done["active_host"] == "b"
+    eventually(lambda: rig.a.recent() == "standby_active")
+    assert rig.a.host.state() == "shut"
+
+
+def test_a_restarted_agent_finds_its_guest_and_protects_it_again(rig: Rig) -> None:
+    rig.protect()
+    first = rig.generation()
+    rig.a.stop()
+    assert rig.a.record() is not None
+    assert rig.a.host.state() == "running"
+    rig.a.start()
+    eventually(lambda: rig.a.state() == "protected" and rig.generation() > first)
+
+
+def test_a_restarted_agent_destroys_a_guest_whose_standby_went_on(rig: Rig) -> None:
+    rig.b.behave(claim_delay_s=0.0)
+    rig.protect()
+    rig.a.crash()
+    eventually(lambda: rig.b.recent() == "standby_active")
+    assert rig.a.host.state() == "running"  # the stale copy
+    rig.a.start()
+    eventually(lambda: rig.a.recent() == "standby_active")
+    assert rig.a.host.state() == "shut"
+    assert rig.a.record() is None
+
+
+def test_a_restarted_agent_claims_before_it_begins_again(rig: Rig) -> None:
+    rig.b.behave(standby="hold")
+    rig.protect()
+    first = rig.generation()
+    rig.a.crash()
+    rig.a.start()
+    eventually(lambda: rig.arbiter.winner(UUID, first) == "primary")
+
+
+def test_a_restarted_agent_forgets_a_guest_that_is_gone(rig: Rig) -> None:
+    rig.b.behave(standby="hold")
+    rig.protect()
+    first = rig.generation()
+    rig.a.crash()
+    rig.a.host.define(state="shut")
+    rig.a.start()
+    eventually(lambda: rig.a.recent() == "ended")
+    assert rig.arbiter.winner(UUID, first) is None
+
+
+def test_a_restarted_agent_remembers_that_protection_is_not_wanted(rig: Rig) -> None:
+    rig.protect()
+    entry = rig.a.parts.pairs.get(UUID)
+    assert entry is not None
+    entry.want("unprotected")
+    rig.a.crash()
+    rig.a.start()
+    eventually(lambda: rig.a.recent() == "unprotected")
+
+
+def test_a_restarted_agent_cleans_up_a_standby_and_the_primary_asks_again(rig: Rig) -> None:
+    rig.protect()
+    first = rig.generation()
+    rig.b.crash()
+    rig.b.start()
+    assert ("cleanup_standby", UUID) in rig.b.host.calls
+    eventually(lambda: rig.a.state() == "protected" and rig.generation() > first)
+
+
+@pytest.mark.parametrize(
+    ("mode", "code"), [("die_at_once", "WORKER_DIED"), ("refuse", "CERTIFICATE_REFUSED")]
+)
+def test_a_primary_worker_that_cannot_start_is_undone_worker_first_standby_last(
+    rig: Rig, mode: str, code: str
+) -> None:
+    rig.a.behave(primary=mode)
+    order: list[str] = []
+    release = rig.a.parts.api.release_standby
+    start = rig.a.parts.supervisor.start
+
+    def released(*args: object, **kwargs: object) -> dict:
+        order.append("release")
+        return release(*args, **kwargs)  # type: ignore[arg-type]
+
+    def started(spec, on_event, on_exit):
+        def ended(outcome) -> None:
+            order.append("worker ended")
+            on_exit(outcome)
+
+        return start(spec, on_event, ended)
+
+    rig.a.parts.api.release_standby = released  # type: ignore[method-assign]
+    rig.a.parts.supervisor.start = started  # type: ignore[method-assign]
+    with pytest.raises(exception.PmtError) as failed:
+        rig.api.protect("a", UUID, "b")
+    assert failed.value.code == code
+    assert order == ["worker ended", "release"]
+    assert rig.a.record() is None
+    assert rig.a.host.state() == "running"
+    eventually(lambda: rig.b.recent() == "cancelled")
+    assert rig.b.host.state() is None
+
+
+def test_a_primary_worker_that_does_not_begin_in_time_is_ended(stopped_rig: Rig) -> None:
+    rig = stopped_rig
+    rig.a.timing = replace(rig.a.timing, worker_start_s=0.3)
+    rig.start()
+    rig.a.behave(primary="mute")
+    with pytest.raises(exception.WorkerDied, match="did not begin"):
+        rig.api.protect("a", UUID, "b")
+    assert rig.a.recent() == "unprotected"
+    eventually(lambda: rig.b.recent() == "cancelled")
+
+
+def test_a_standby_worker_that_cannot_start_fails_protect_and_leaves_nothing(rig: Rig) -> None:
+    rig.b.behave(standby="die_at_once")
+    with pytest.raises(exception.WorkerDied):
+        rig.api.protect("a", UUID, "b")
+    assert rig.a.record() is None
+    eventually(lambda: rig.b.record() is None)
+    rig.b.behave()
+    rig.protect()
+
+
+def test_every_change_is_notified_with_where_it_came_from(rig: Rig) -> None:
+    rig.protect()
+    rig.api.unprotect("a", UUID)
+    eventually(lambda: rig.a.recorder.states()[-1:] == ["unprotected"])
+    events = rig.a.recorder.events
+    assert rig.a.recorder.states() == ["starting", "syncing", "protected", "unprotected"]
+    level, kind, payload = events[2]
+    assert (level, kind) == ("info", "nova_pmt.pair.protected")
+    assert payload["nova_pmt_object.name"] == "PairPayload"
+    assert payload["nova_pmt_object.version"] == "1.0"
+    data = payload["nova_pmt_object.data"]
+    assert (data["uuid"], data["state"], data["previous_state"]) == (UUID, "protected", "syncing")
+    assert (data["host"], data["primary_host"], data["standby_host"]) == ("a", "a", "b")
+    assert data["at"].endswith("Z")
+    assert events[0][2]["nova_pmt_object.data"]["previous_state"] is None
+
+
+def test_a_pair_that_is_over_does_not_stand_in_the_way_of_the_next(rig: Rig) -> None:
+    rig.protect()
+    rig.api.failover("a", UUID)
+    assert rig.api.protect("b", UUID, "a")["primary_host"] == "b"
+
+
+def test_a_standby_of_an_older_generation_makes_room_for_a_newer_one(rig: Rig) -> None:
+    rig.b.behave(standby="hold")
+    rig.protect()
+    rig.a.kill_worker()  # its standby still waits for the arbiter when it is replaced
+    first = rig.generation()
+    eventually(lambda: rig.a.state() == "protected" and rig.generation() > first)
+    assert rig.b.spec("standby")["pair"]["generation"] == rig.generation()
+
+
+def test_an_older_generation_than_what_was_seen_is_refused(rig: Rig) -> None:
+    rig.protect()
+    pair = {**rig.b.spec("standby")["pair"], "generation": 7}
+    with pytest.raises(exception.PairMismatch):
+        rig.api.prepare_standby("b", pair=pair, domain_xml="<domain/>", layout=[{}])
+    assert rig.a.state() == rig.b.state() == "protected"
+
+
+def test_a_standby_is_released_only_up_to_its_generation(rig: Rig) -> None:
+    rig.protect()
+    generation = rig.generation()
+    assert rig.api.release_standby("b", uuid=UUID, generation=generation - 1) == {"gone": True}
+    assert rig.b.state() == "protected"
+    assert rig.api.release_standby("b", uuid=UUID, generation=generation) == {"gone": True}
+    assert rig.b.record() is None
+
+
+def test_a_standby_that_cannot_be_cleaned_up_is_told_of(rig: Rig) -> None:
+    rig.protect()
+    rig.b.host.broken = exception.GuestError("libvirt does not answer")
+    rig.arbiter_path.rename(rig.path / "hidden")
+    rig.b.kill_worker()
+    eventually(lambda: rig.b.recent() == "cancelled")
+    assert "not cleaned up: libvirt" in rig.b.parts.pairs.recent()[0]["reason"]
