@@ -23,6 +23,7 @@ shrinks to under a quarter after a burst within 30 quiet rounds (0.85 ** 10 is b
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 from collections.abc import Iterable
@@ -55,6 +56,9 @@ class SlabCache:
             self.limit_slabs * SLAB_BYTES,
             mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
         )
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            # One would back two slabs, and be freed only when both are free and memory is short.
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)
         self.pages: Pages = np.frombuffer(self._map, np.uint8).reshape(-1, PAGE_SIZE)
         self._free: list[int] = []  # backed, last used first: its lines may still be in the CPU's
         self._bare = list(range(self.limit_slabs - 1, -1, -1))

@@ -112,17 +112,17 @@ class Loop:
     def _round(self) -> float:
         """Passes, pause, transfer. Returns when the pause began."""
         checkpointer = self.checkpointer
-        checkpoint = None
-        while checkpoint is None:
-            begin = self._clock()
-            for _ in range(self.strategy.passes):
-                checkpointer.copy_pass()
+        begin = self._clock()
+        for _ in range(self.strategy.passes):
+            checkpointer.copy_pass()
+        checkpointer.prepare()
+        start = self._clock()
+        self._passes_s += 0.2 * (start - begin - self._passes_s)
+        while (checkpoint := checkpointer.capture()) is None:
+            # More than the cache can hold. Passes would only send more of it twice.
+            checkpointer.drain()
             checkpointer.prepare()
             start = self._clock()
-            self._passes_s += 0.2 * (start - begin - self._passes_s)
-            checkpoint = checkpointer.capture()
-            if checkpoint is None:
-                checkpointer.copy_pass()
         checkpointer.transfer(checkpoint)
         self._since_collect += 1
         if self._since_collect >= COLLECT_EVERY:
@@ -133,16 +133,19 @@ class Loop:
     def final_round(self, timeout_s: float) -> None:
         """The zero-loss round of a planned switchover: the guest stays paused.
 
+        :raises nova_pmt.exception.NotReady: the first synchronisation was not complete.
         :raises nova_pmt.exception.PmtError: it did not work; the guest runs on.
         """
         checkpointer = self.checkpointer
+        if not checkpointer.committed:
+            raise exception.NotReady("the standby has no whole checkpoint yet")
         for _ in range(SWITCHOVER_MAX_PASSES):
             if checkpointer.copy_pass() <= SWITCHOVER_GOAL_PAGES:
                 break
         self._execution.running()
         checkpointer.prepare()
-        checkpoint = checkpointer.capture(resume=False)
         try:
+            checkpoint = checkpointer.capture(resume=False)
             if checkpoint is None:
                 raise exception.GuestError("the final checkpoint was not complete")
             checkpointer.transfer(checkpoint)

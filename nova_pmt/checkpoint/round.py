@@ -278,12 +278,13 @@ class Checkpointer:
         """Back more slabs; at the limit wait for a commit, or send what the epoch has so far."""
         self.pump()
         while not self.cache.free_slabs:
-            if len(self._open.slabs) < self._window:
+            room = self._window - len(self._open.slabs) - self._spilled_slabs
+            if room > 0:
                 wanted = min(-(-pages // SLAB_PAGES), GROW_STEP_SLABS)
-                if self.cache.grow(min(wanted, self._window - len(self._open.slabs))):
+                if self.cache.grow(min(wanted, room)):
                     return
-            if self._flying and not self._open.slabs:
-                self.throttled = True
+            if self._flying:
+                self.throttled = True  # a commit is the cheapest way to room: nothing is sent twice
                 self.pump(1.0)
             elif self._open.slabs:
                 self._spill()
@@ -307,6 +308,13 @@ class Checkpointer:
         self.sent_pages += len(numbers)
         self._sink.send_pages(epoch, numbers, data, lambda: self.post(unspill))
 
+    def drain(self) -> None:
+        """After a pause that found too little cache: have all of it free for the next one."""
+        self._spill()
+        while self._spilled_slabs or self._flying:
+            self.throttled = True
+            self.pump(1.0)
+
     def prepare(self) -> None:
         """Have slabs ready for the pause, from what the last ones needed."""
         expected = int(self._pause_pages_peak * 1.25) // SLAB_PAGES + PAUSE_RESERVE_SLABS
@@ -327,7 +335,7 @@ class Checkpointer:
 
         :param resume: False leaves the guest paused (switchover).
         :returns: the checkpoint, to be given to :meth:`transfer`; None when the cache had no
-            room and the guest was let run on: pass and try again.
+            room and the guest was let run on: :meth:`drain` and try again, without passes.
         :raises nova_pmt.exception.GuestError: it failed; the guest runs on.
         """
         execution, clock, epoch = self._execution, self._clock, self._open
@@ -359,15 +367,17 @@ class Checkpointer:
             execution.saved()
             saved = clock()
             faultpoint.reach("round.saved")
-        except BaseException:
-            self._sink.go_on()
-            # Whatever went wrong, and whether or not QEMU got the stop: the guest comes first.
-            with contextlib.suppress(exception.GuestError):
+            if resume or not complete:
                 execution.resume()
+            resumed = clock()
+        except BaseException:
+            # Whatever went wrong, and whether or not QEMU got the stop: the guest comes first.
+            try:
+                with contextlib.suppress(exception.GuestError):
+                    execution.resume()
+            finally:
+                self._sink.go_on()
             raise
-        if resume or not complete:
-            execution.resume()
-        resumed = clock()
         self._sink.go_on()
         faultpoint.reach("round.resumed")
         pause_pages = len(pages)

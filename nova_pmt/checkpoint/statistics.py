@@ -96,7 +96,9 @@ class Statistics:
 
     def column(self, name: str) -> npt.NDArray[np.float64]:
         """One figure of the last rounds, unordered."""
-        return self._ring[: min(self.rounds, RING), _COLUMNS[name]].copy()
+        rows = min(self.rounds, RING)
+        values: npt.NDArray[np.float64] = self._ring[:rows, _COLUMNS[name]].copy()
+        return values
 
     def summary(self) -> dict[str, Any]:
         """The part of ``status`` that comes from the rounds; times in milliseconds."""
@@ -116,6 +118,7 @@ class Statistics:
             "pages": {
                 "p50": float(np.percentile(pages, 50)) if len(pages) else 0.0,
                 "last": last.pages if last else 0,
+                "max": float(pages.max()) if len(pages) else 0.0,
                 "in_pause_p50": percentiles(self.column("pause_pages"))["p50"],
                 "total": self.pages_total,
             },

@@ -85,17 +85,33 @@ class Domain:
         :raises nova_pmt.exception.UnknownDomain: there is none.
         """
         for lookup in (connection.lookupByUUIDString, connection.lookupByName):
-            with contextlib.suppress(libvirt.libvirtError):
+            try:
                 return cls(connection, lookup(name))
+            except libvirt.libvirtError as error:
+                # INVALID_ARG: a name is not a UUID
+                if error.get_error_code() not in (
+                    libvirt.VIR_ERR_NO_DOMAIN,
+                    libvirt.VIR_ERR_INVALID_ARG,
+                    libvirt.VIR_ERR_INTERNAL_ERROR,
+                ):
+                    raise exception.GuestError(
+                        f"libvirt does not tell about domain '{name}': {error}",
+                        code="LIBVIRT_UNREACHABLE",
+                    ) from error
         raise exception.UnknownDomain(f"this host has no domain '{name}'")
 
     @property
     def active(self) -> bool:
-        """Whether it has a QEMU."""
+        """Whether it has a QEMU.
+
+        :raises nova_pmt.exception.GuestError: libvirt does not tell.
+        """
         try:
             return bool(self.handle.isActive())
-        except libvirt.libvirtError:
-            return False
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return False
+            raise exception.GuestError(f"domain {self.name}: {error}") from error
 
     @property
     def persistent(self) -> bool:
@@ -106,7 +122,9 @@ class Domain:
         try:
             return str(self.handle.XMLDesc(flags))
         except libvirt.libvirtError as error:
-            raise exception.GuestGone(f"domain {self.name}: {error}") from error
+            gone = error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN
+            kind = exception.GuestGone if gone else exception.GuestError
+            raise kind(f"domain {self.name}: {error}") from error
 
     def pid(self) -> int:
         """Process id of its QEMU.

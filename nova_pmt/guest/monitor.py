@@ -138,7 +138,10 @@ class DirectMonitor(Monitor):
             if end >= 0:
                 line = bytes(self._buffer[:end])
                 del self._buffer[: end + 1]
-                message = json.loads(line)
+                try:
+                    message = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise exception.GuestError(f"QMP socket {self.path} sent no JSON") from error
                 if not isinstance(message, dict):
                     raise exception.GuestError(f"QMP sent {type(message).__name__}, not an object")
                 return message

@@ -138,6 +138,12 @@ class RangeScanner:
                 ranges = (self._vector[:count, :2] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
                 ranges += self._shift
                 found.append(ranges)
+            if count < VECTOR_RANGES:
+                # The walk ends early for no other reason than a full vector (or an error).
+                # But walk_end does not tell: once the kernel's own buffer of 512 ranges was
+                # full it stays where that was (do_pagemap_scan: "walk_end isn't set when ret is
+                # zero"); to go on from there would walk almost everything a second time.
+                break
             args.start = args.walk_end
         return found
 

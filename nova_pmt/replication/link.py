@@ -24,6 +24,7 @@ import select
 import selectors
 import socket
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,8 +36,8 @@ from nova_pmt.replication.protocol import HEADER, Header, Type
 
 #: One send: small enough that a pause finds the thread free soon.
 SEND_BYTES = 256 << 10
-#: Read at most so much before other things of the I/O loop get their turn.
-READ_BYTES = 4 << 20
+#: Read or write at most so much before the other things of the I/O loop get their turn.
+TURN_BYTES = 4 << 20
 #: Buffers of a frame, and what to call when they were sent.
 Buffers = list[memoryview]
 
@@ -149,6 +150,7 @@ class Link:
         self.sent_bytes = 0
         self.received_bytes = 0
         self._closed = False
+        self._poking = threading.Lock()  # so that nobody writes to a descriptor that was closed
 
     # -- any thread ---------------------------------------------------------------------
 
@@ -161,7 +163,7 @@ class Link:
         self._poke()
 
     def hold(self) -> None:
-        """Begin no further send: a pause begins."""
+        """Begin no further send: a pause begins. Only heartbeats go out if it takes that long."""
         self._held = True
 
     def go_on(self) -> None:
@@ -170,8 +172,9 @@ class Link:
         self._poke()
 
     def _poke(self) -> None:
-        if not self._closed:
-            os.eventfd_write(self._wake, 1)
+        with self._poking:
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
 
     # -- the I/O thread -----------------------------------------------------------------
 
@@ -193,7 +196,7 @@ class Link:
             self._write()
 
     def _read(self) -> None:
-        left = READ_BYTES
+        left = TURN_BYTES
         try:
             # A fast peer must not keep us from heartbeats; what TLS has decrypted must be read.
             while not self._closed and (left > 0 or self._pending()):
@@ -207,17 +210,22 @@ class Link:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return
         except OSError as error:
-            raise tls.refused(error, self.peer) from error
+            raise tls.broken(error, self.peer) from error
 
     def _pending(self) -> int:
         return self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
 
-    def _write(self) -> None:
+    def _write(self, *, breath: bool = False) -> None:
+        left = SEND_BYTES if breath else TURN_BYTES
         try:
-            while not self._held and self._next_part():
+            while (breath or not self._held) and self._next_part():
+                if left <= 0:  # the socket takes all we have: let others have their turn
+                    self._want(selectors.EVENT_READ | selectors.EVENT_WRITE)
+                    return
                 part = self._parts[0]
                 count = self._sock.send(part[:SEND_BYTES])
                 self.sent_bytes += count
+                left -= count
                 self._last_sent = self._clock()
                 if count == len(part):
                     self._parts.popleft()
@@ -229,7 +237,7 @@ class Link:
         except ssl.SSLWantReadError:
             self._want(selectors.EVENT_READ)
         except OSError as error:
-            raise tls.refused(error, self.peer) from error
+            raise tls.broken(error, self.peer) from error
 
     def _next_part(self) -> bool:
         """Whether there is something to send, beginning the next frame where needed."""
@@ -257,12 +265,15 @@ class Link:
         """
         now = self._clock()
         silent = now - self.last_received
-        if silent > self._timeout_s:
+        if silent > self._timeout_s and not select.select([self._sock], [], [], 0)[0]:
+            # (What has come but was not read yet says that it is we who were slow.)
             raise exception.PeerLost(f"{self.peer} was silent for {silent * 1e3:.0f} ms")
         if now - self._last_sent >= self._heartbeat_s and not self._queue and not self._parts:
             self._last_sent = now
             self.send(RawFrame(Header(Type.HEARTBEAT, 0).pack()))
-        return min(self._heartbeat_s / 2, self._timeout_s - silent)
+        if self._held and now - self._last_sent >= self._heartbeat_s / 2:
+            self._write(breath=True)  # a long pause must not look like a dead host
+        return max(0.001, min(self._heartbeat_s / 2, self._timeout_s - silent))
 
     def flush(self, timeout_s: float = 1.0) -> None:
         """Send what is queued now, from the I/O thread; gives up after ``timeout_s``.
@@ -284,9 +295,10 @@ class Link:
 
     def close(self) -> None:
         """Close the connection; what is queued is dropped."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._poking:
+            if self._closed:
+                return
+            self._closed = True
         if self._selector is not None:
             self._selector.unregister(self._sock)
             self._selector.unregister(self._wake)

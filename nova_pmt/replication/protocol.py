@@ -35,7 +35,7 @@ BYE          both  JSON: reason. From P: protection ends, the primary goes on; S
 GUEST_DIED   P     JSON: reason. The primary's QEMU has ended: the standby may go on
 SWITCHOVER   P     none; epoch of the final checkpoint: the standby shall go on
 ACTIVATED    S     JSON: times. The standby runs
-ERROR        both  JSON: code, message, cure; the connection ends
+ERROR        S     JSON: code, message, cure; the connection ends
 ===========  ====  ===========================================================================
 
 The checksum covers page numbers, pages and device state in the order in which they were
@@ -152,7 +152,7 @@ def unpack_json(payload: bytes | bytearray | memoryview) -> dict[str, Any]:
     """
     try:
         data = json.loads(bytes(payload))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise exception.ProtocolMismatch("payload is not JSON") from error
     if not isinstance(data, dict):
         raise exception.ProtocolMismatch("payload is not a JSON object")

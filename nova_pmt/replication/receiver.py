@@ -90,10 +90,7 @@ class Receiver:
             raise exception.CheckpointCorrupt(
                 f"pages of checkpoint {header.epoch}, but {self.committed + 1} is due"
             )
-        slab = self._staging.take()
-        if slab is None:
-            self._staging.grow(4)
-            slab = self._staging.take()
+        slab = self._take_slab()
         if slab is None:
             raise exception.PeerError(
                 "the standby has no memory left to stage this checkpoint",
@@ -106,6 +103,34 @@ class Receiver:
         data = self._staging.pages[first : first + header.value].data.cast("B")
         assert len(numbers) == header.value * NUMBER_BYTES
         return [numbers, data]
+
+    def _take_slab(self) -> int | None:
+        slab = self._staging.take()
+        if slab is None and not self._staging.grow(4) and self._staged:
+            # Pages that were sent again fill it: keep the newest copy of each.
+            self._compact()
+        return self._staging.take() if slab is None else slab
+
+    def _compact(self) -> None:
+        """Drop staged copies that newer ones replace; moves the others together, towards the front."""
+        slots = np.concatenate(
+            [np.arange(slab * SLAB_PAGES, slab * SLAB_PAGES + n) for slab, n in self._staged]
+        )
+        numbers = self._numbers.reshape(-1)[slots]
+        _, newest = np.unique(numbers[::-1], return_index=True)
+        keep = slots[np.sort(len(slots) - 1 - newest)]
+        slabs = [slab for slab, _ in self._staged]
+        self._staged.clear()
+        flat = self._numbers.reshape(-1)
+        for at in range(0, len(keep), SLAB_PAGES):
+            part = keep[at : at + SLAB_PAGES]
+            slab = slabs[at // SLAB_PAGES]
+            first = slab * SLAB_PAGES
+            # The sources lie in this slab or behind it, so nothing is overwritten that is needed.
+            self._staging.pages[first : first + len(part)] = self._staging.pages[part]
+            flat[first : first + len(part)] = flat[part]
+            self._staged.append((slab, len(part)))
+        self._staging.give_back(slabs[len(self._staged) :])
 
     def pages(self, header: Header, payload: Buffers) -> None:
         """A PAGES frame is complete.

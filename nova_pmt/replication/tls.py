@@ -53,6 +53,17 @@ def refused(error: OSError, peer: str) -> exception.PeerError:
     return exception.PeerLost(f"connection with {peer} failed: {error}")
 
 
+def broken(error: OSError, peer: str) -> exception.PeerLost:
+    """The typed error for an established connection that failed."""
+    if isinstance(error, ssl.SSLError) and error.reason:
+        what = error.reason.replace("_", " ").lower()
+        return exception.PeerLost(
+            f"connection with {peer} failed: TLS says '{what}'",
+            cure="Data was changed on its way, or somebody tried to: check the replication network.",
+        )
+    return exception.PeerLost(f"connection with {peer} failed: {error}")
+
+
 def connect(conf: Any, sock: socket.socket, standby_host: str) -> socket.socket:
     """Client side, on a connected blocking socket with a timeout.
 

@@ -513,7 +513,9 @@ class Primary:
 
     def _switchover(self) -> None:
         """Planned: a final round, then the standby goes on. Nothing is lost."""
-        assert self._loop is not None and self._link is not None and self._checkpointer is not None
+        assert self._loop is not None
+        assert self._link is not None
+        assert self._checkpointer is not None
         self._state("failing_over", "planned switchover")
         started = time.monotonic()
         try:

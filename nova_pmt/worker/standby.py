@@ -41,6 +41,7 @@ from nova_pmt.replication.protocol import Header, Type
 from nova_pmt.replication.receiver import Receiver
 from nova_pmt.standby import activation, domainxml
 from nova_pmt.standby.image import StandbyImage
+from nova_pmt.standby.settle import settle
 from nova_pmt.worker import io
 
 LOG = log.getLogger(__name__)
@@ -220,7 +221,6 @@ class Standby:
                 mark.persistent if mark else False,
             ),
         )
-        self._persistent = mark.persistent if mark else False
         try:
             handle = connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED)
         except libvirt.libvirtError as error:
@@ -346,7 +346,8 @@ class Standby:
 
     def _go_on(self, reason: str, certain: bool) -> None:
         """Claim, load the last committed state, run."""
-        assert self._receiver is not None and self._link is not None
+        assert self._receiver is not None
+        assert self._link is not None
         detected = time.monotonic()
         faultpoint.reach("failover.detected")
         self._receiver.discard()
@@ -398,7 +399,10 @@ class Standby:
         with contextlib.suppress(exception.PeerError):
             self._link.send(RawFrame(protocol.pack_json(Type.ACTIVATED, times)))
             self._link.flush()
-        self._settle()
+        try:
+            settle(self._domain, self._monitor)
+        except exception.GuestError as error:
+            LOG.warning("%s: %s", self._pair.uuid, error)
         self._state("standby_active", reason, **times)
 
     def _claim(self) -> bool:
@@ -413,28 +417,6 @@ class Standby:
                     LOG.error("%s: cannot go on: %s", self._pair.uuid, error)
                     self.agent.tell("error", error=error.to_dict())
                 time.sleep(ARBITER_RETRY_S)
-
-    def _settle(self) -> None:
-        """The domain is an ordinary one now. What fails here does not hinder the guest."""
-        with contextlib.suppress(exception.GuestError):
-            self._monitor.execute("announce-self", **_ANNOUNCE)
-        try:
-            self._domain.handle.setMetadata(
-                libvirt.VIR_DOMAIN_METADATA_ELEMENT,
-                None,
-                "pmt",
-                domainxml.PMT_NS,
-                libvirt.VIR_DOMAIN_AFFECT_LIVE,
-            )
-            if self._persistent:
-                self._domain.connection.defineXML(
-                    domainxml.definition_xml(self._domain.xml(libvirt.VIR_DOMAIN_XML_SECURE))
-                )
-        except (libvirt.libvirtError, exception.GuestError) as error:
-            LOG.warning("%s: domain runs, but is not as it should be: %s", self._pair.uuid, error)
-
-
-_ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
 
 def _silent(error: exception.PeerError) -> bool:

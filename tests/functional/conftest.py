@@ -33,7 +33,7 @@ _numbers = itertools.count(1)
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     with Lab(computes=2) as running:
-        deployment.configure(running)
+        deployment.configure(running, peer_timeout_ms=2000)
         yield running
 
 

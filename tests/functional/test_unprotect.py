@@ -1,0 +1,110 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Turning protection off leaves a domain exactly as libvirt and Nova expect it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from nova_pmt.guest import domain as guest_domain
+from nova_pmt.guest.monitor import LibvirtMonitor
+from nova_pmt.lab import LabGuest, LabHost
+from tests.functional.conftest import Boot
+from tests.functional.pairs import protect
+
+
+def facts(guest: LabGuest) -> dict[str, Any]:
+    """Everything about a domain and its QEMU that protection could have changed."""
+    connection = guest_domain.connect(guest.host.libvirt_uri)
+    try:
+        domain = guest_domain.Domain.find(connection, guest.uuid)
+        with LibvirtMonitor(domain.handle, connection) as monitor:
+            links = [
+                os.readlink(f"/proc/{guest.pid}/fd/{name}")
+                for name in os.listdir(f"/proc/{guest.pid}/fd")
+            ]
+            return {
+                "capabilities": monitor.execute("query-migrate-capabilities"),
+                "parameters": monitor.execute("query-migrate-parameters"),
+                "block nodes": monitor.execute("query-named-block-nodes"),
+                "objects": monitor.execute("qom-list", path="/objects"),
+                "character devices": sorted(
+                    device["label"] for device in monitor.execute("query-chardev")
+                ),
+                "status": monitor.execute("query-status"),
+                "xml": domain.xml(),
+                "state": domain.handle.state(),
+                "userfaultfds": [link for link in links if "userfaultfd" in link],
+                "left in the runtime directory": sorted(
+                    os.listdir(guest.host.path(f"/run/nova_pmt/guests/{guest.uuid}"))
+                    if guest.host.path(f"/run/nova_pmt/guests/{guest.uuid}").exists()
+                    else []
+                ),
+            }
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_unprotect_leaves_everything_as_it_was(
+    one: LabHost, two: LabHost, boot: Boot, prepared: bool
+) -> None:
+    guest = boot(one, shared_memory=prepared, second_monitor=prepared)
+    facts(guest)  # libvirt's passthrough itself marks the domain: look once before
+    before = facts(guest)
+    with protect(guest, two) as pair:
+        pair.protected().rounds(10)
+        assert facts(guest)["userfaultfds"]
+        pair.primary.command("unprotect")
+        pair.primary.state("unprotected")
+        pair.standby.state("cancelled")
+    after = facts(guest)
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    # libvirt gives the reason of a state as that of its last change; both mean "it runs"
+    assert not changed or set(changed) == {"state"}
+    assert after["state"][0] == before["state"][0] == 1
+    assert guest.name not in two.guests()
+
+
+def test_a_guest_is_protected_again_after_unprotect(
+    one: LabHost, two: LabHost, boot: Boot
+) -> None:
+    guest = boot(one)
+    for _ in range(3):
+        with protect(guest, two) as pair:
+            pair.protected().rounds(3)
+            pair.primary.command("unprotect")
+            pair.primary.state("unprotected")
+    assert guest.verify().startswith("ok")
+
+
+def test_a_worker_takes_over_what_a_dead_one_left_in_qemu(
+    one: LabHost, two: LabHost, boot: Boot
+) -> None:
+    guest = boot(one)
+    with protect(guest, two) as pair:
+        pair.protected().rounds(3)
+        pair.primary.kill()
+        one.run(["virsh", "suspend", guest.name])  # so that there are no two while the test looks
+        pair.standby.state("standby_active")
+        two.run(["virsh", "destroy", guest.name])
+    one.run(["virsh", "resume", guest.name])
+    with protect(guest, two) as pair:
+        pair.protected().rounds(10)
+        pair.primary.command("unprotect")
+        pair.primary.state("unprotected")
+    assert not facts(guest)["userfaultfds"]
+    assert guest.verify().startswith("ok")
