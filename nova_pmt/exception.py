@@ -67,12 +67,13 @@ def from_dict(data: dict[str, Any]) -> PmtError:
     code = str(data.get("code", "ERROR"))
     kind = _BY_CODE.get(code, PmtError)
     details = data.get("details")
-    return kind(
+    error = kind(
         str(data.get("message", "no message")),
         cure=str(data.get("cure", PmtError.cure)),
         code=code,
-        **(details if isinstance(details, dict) else {}),
     )
+    error.details = details if isinstance(details, dict) else {}
+    return error
 
 
 class Refusal(PmtError):

@@ -27,8 +27,8 @@ from nova_pmt import exception
 
 #: Every step there is, in the order in which a pair comes to them.
 STEPS = (
-    "sync.attached",
     "sync.prelude",
+    "sync.attached",
     "sync.streaming",
     "round.pass",
     "round.paused",
@@ -44,8 +44,8 @@ STEPS = (
     "standby.acknowledged",
     "standby.applied",
     "failover.detected",
-    "failover.claimed",
     "failover.loaded",
+    "failover.claimed",
     "failover.resumed",
     "switchover.paused",
     "switchover.committed",

@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""What the agent asks of the guests on its host (for libvirt: :mod:`nova_pmt.agent.libvirt_host`)."""
+"""What the agent asks of its host's guests (libvirt: :mod:`nova_pmt.agent.libvirt_host`)."""
 
 from __future__ import annotations
 

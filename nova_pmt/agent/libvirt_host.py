@@ -43,10 +43,11 @@ STANDBY_OVERHEAD_BYTES = 192 << 20
 
 
 class LibvirtHost:
-    """See the module's text. A connection is made when one is needed, and made anew when it broke."""
+    """See the module's text. Connects when it must, and anew when the connection broke."""
 
     def __init__(self, conf: Any) -> None:
         self._conf = conf
+        guest_domain.qmp_directory(conf)  # operators put second monitors of their domains there
         self._connection: libvirt.virConnect | None = None
 
     def _connect(self) -> libvirt.virConnect:

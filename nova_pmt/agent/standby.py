@@ -30,7 +30,7 @@ from nova_pmt.agent.supervisor import Outcome, Worker
 
 LOG = log.getLogger(__name__)
 
-ARBITER_RETRY_S = 1.0
+RETRY_S = 1.0
 
 
 class Standbys:
@@ -229,7 +229,7 @@ class Standbys:
                 state, reason = "standby_active", f"{reason}; the guest had gone on here"
             elif not self._won(entry):
                 parts.host.cleanup_standby(pair.uuid, pair.generation)
-            elif parts.host.finish_takeover(pair.uuid):
+            elif self._finish(entry):
                 # A standby loads its state before it claims, so it can go on without its worker.
                 state, reason = "standby_active", f"{reason}; it had won, and goes on"
             else:
@@ -243,6 +243,17 @@ class Standbys:
             reason = f"{reason}; not cleaned up: {error.message}"
         parts.pairs.drop(entry, state, reason)
 
+    def _finish(self, entry: Entry) -> bool:
+        """Let the winner go on; a libvirtd that is away is waited for, since nobody else runs."""
+        while True:
+            try:
+                return self._parts.host.finish_takeover(entry.uuid)
+            except exception.PmtError as error:
+                LOG.error("%s: won, but cannot go on yet: %s", entry.uuid, error)
+                entry.last_error = error
+                if self._parts.stopping.wait(RETRY_S):
+                    raise
+
     def _won(self, entry: Entry) -> bool:
         """Whether this side won; waits for an arbiter that does not answer.
 
@@ -254,7 +265,7 @@ class Standbys:
                 return winner == "standby"
             except exception.ArbiterUnavailable as error:
                 entry.last_error = error
-                if self._parts.stopping.wait(ARBITER_RETRY_S):
+                if self._parts.stopping.wait(RETRY_S):
                     raise
 
     def _duplicate(self, uuid: str) -> exception.DuplicateDomain:

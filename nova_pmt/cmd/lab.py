@@ -30,10 +30,13 @@ changed outside of them, several labs do not meet, and nothing is left when a la
 
 _EXAMPLES = """\
 a first walk:
-  nova-pmt-lab up                          two hosts in about 10 s; the first time builds a guest
+  nova-pmt-lab up                          two hosts with agents; the first time builds a guest
   nova-pmt-lab shell compute1              a shell there; it says what can be done
   nova-pmt-lab shell compute1 -- virsh create /srv/nova_pmt/guests/guest1.xml
-  nova-pmt-lab tell guest1 dirty 1500 20   rewrite 1,500 pages every 20 ms (also: status, verify)
+  nova-pmt-lab tell guest1 dirty 600 20    rewrite 600 pages every 20 ms (also: status, verify)
+  nova-pmt-lab shell -- nova-pmt protect guest1 --standby compute2
+  nova-pmt-lab shell -- nova-pmt top       pauses, pages and cache, live; Ctrl-C ends it
+  nova-pmt-lab shell -- nova-pmt failover guest1
   nova-pmt-lab down
 
 needs root and what bindep.txt lists under 'lab'. The guest image stays in build/lab/image.
@@ -55,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Start a lab that runs in the background. Removes what dead labs left first.",
     )
     up.add_argument("-n", "--computes", type=int, default=2, help="compute hosts (default 2)")
-    up.add_argument("--no-rabbit", action="store_true", help="without RabbitMQ: up in a second")
+    up.add_argument("--no-rabbit", action="store_true", help="no RabbitMQ, no agents")
     up.add_argument("--mtu", type=int, default=1500, help="of all networks (default 1500)")
     up.add_argument(
         "--accel",
@@ -142,6 +145,7 @@ def _run(arguments: list[str]) -> int:
             accel=options.accel,
             detached=True,
         )
+        print("Starting; the very first time the guest is built, too ...", file=sys.stderr)
         print(detached.usage(detached.start(lab)), end="")
     elif options.command == "down":
         dead = registry.clean()

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(
         prog="nova-pmt-worker",
-        description="Serves one guest. nova-pmt-agent starts it; there is no use in doing so by hand.",
+        description="Serves one guest. nova-pmt-agent starts it; do not start it by hand.",
     )
     parser.add_argument("--control-fd", type=int, required=True, help="socket to the agent")
     known, rest = parser.parse_known_args(argv)
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     spec = control.parse_spec(first)
     if isinstance(spec, control.PrimarySpec):
-        from nova_pmt.worker.primary import Primary  # noqa: PLC0415  each side loads its own
+        from nova_pmt.worker.primary import Primary
 
         return Primary(conf, spec, agent, lines).run()
-    from nova_pmt.worker.standby import Standby  # noqa: PLC0415
+    from nova_pmt.worker.standby import Standby
 
     return Standby(conf, spec, agent, lines).run()
 

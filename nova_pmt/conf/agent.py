@@ -46,7 +46,8 @@ OPTS = [
         default=5,
         min=1,
         help="""
-Time between two attempts to protect again, in seconds; doubles with each failure up to five minutes.
+Time between two attempts to protect again, in seconds; doubles with each failure, up to five
+minutes.
 """,
     ),
     cfg.IntOpt(

@@ -27,8 +27,8 @@ OPTS = [
         min=5,
         max=10000,
         help="""
-Time from the start of one pause to the start of the next, in milliseconds. The upper bound of what a
-failover can lose to the guest's own clock; with output commit, the upper bound of added latency.
+Time from the start of one pause to the start of the next, in milliseconds. The upper bound of
+what a failover takes back from the guest; with output commit, the upper bound of added latency.
 """,
     ),
     cfg.FloatOpt(
@@ -71,11 +71,11 @@ frees memory (``throttle``); a checkpoint that can never fit is sent in parts as
         default=0,
         min=0,
         max=64,
-        help="Threads that scan the guest's memory. 0 chooses: one for each 512 MiB, at most one a CPU.",
+        help="Threads that scan the guest's memory. 0: one for each 512 MiB, at most one a CPU.",
     ),
     cfg.StrOpt(
         "memory_tracker",
         default="uffd",
-        help="Plug-in (namespace ``nova_pmt.memory_trackers``) that tells which pages were written.",
+        help="Plug-in (namespace ``nova_pmt.memory_trackers``) for written pages.",
     ),
 ]

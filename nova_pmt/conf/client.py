@@ -19,7 +19,7 @@ OPTS = [
     cfg.ListOpt(
         "hosts",
         default=[],
-        help="Compute hosts that 'list', 'status' and 'top' ask, and that are searched for a domain.",
+        help="Compute hosts to ask: 'list', 'status' and 'top', and where a domain is searched.",
     ),
     cfg.IntOpt(
         "timeout_s", default=10, min=1, help="How long an agent may take to answer, in seconds."

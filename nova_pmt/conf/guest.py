@@ -31,8 +31,8 @@ Fedora, RHEL and CentOS: qemu). Owns the directory of the second monitors.
         "runtime_directory",
         default="/run/nova_pmt",
         help="""
-Directory on tmpfs for sockets and device state; each guest gets a directory of its own in it, open to
-its QEMU's user only. Its sub-directory ``qmp`` holds the second monitors of domains that we create.
+Directory on tmpfs for sockets and device state; each guest gets a directory of its own in it, open
+to its QEMU's user only. Its sub-directory ``qmp`` holds the second monitors of domains.
 """,
     ),
     cfg.StrOpt(

@@ -28,7 +28,7 @@
         with one.libvirt() as connection: ...           # virConnect; or one.libvirt_uri[_inside]
         one.run(["virsh", "list"]).stdout               # inside its namespaces, to the end
         agent = one.spawn("agent", ["nova-pmt-agent"])  # background: .pid .log .stop() .alive()
-        one.path("/run/nova_pmt")                       # seen from here; disk_path(): without power, too
+        one.path("/run/nova_pmt")                       # as seen from here; see also disk_path()
         one.init_pid, one.mgmt_ip, one.repl_ip
         two.dial("10.77.1.11", 5000)                    # a socket that starts in compute2
         two.in_network(lambda: socket.create_server((two.repl_ip, 5000)))

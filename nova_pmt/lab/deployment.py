@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""nova_pmt itself in the lab's hosts: configuration files, agents, the operator's command in ctl."""
+"""nova_pmt itself in the lab's hosts: configuration, agents, the operator's command in ctl."""
 
 from __future__ import annotations
 
@@ -105,13 +105,19 @@ def wait_agents(lab: Lab, timeout: float = 60.0) -> None:
             time.sleep(0.05)
 
 
+def deploy(lab: Lab) -> None:
+    """Configuration and agents everywhere; returns when every agent listens."""
+    configure(lab)
+    for host in lab.computes:
+        start_agent(host)
+    wait_agents(lab)
+
+
 def operate(
     lab: Lab, *arguments: str, check: bool = True, timeout: float = 120.0
 ) -> subprocess.CompletedProcess[str]:
     """Run the operator's command ``nova-pmt`` in ctl."""
-    result = lab.ctl.run(
-        ["nova-pmt", *arguments], check=False, timeout=timeout
-    )
+    result = lab.ctl.run(["nova-pmt", *arguments], check=False, timeout=timeout)
     if check and result.returncode:
         raise LabError(
             f"nova-pmt {' '.join(arguments)} ended with {result.returncode}: "

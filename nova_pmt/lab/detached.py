@@ -21,12 +21,12 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from nova_pmt.exception import LabError, PmtError
-from nova_pmt.lab import image, process, registry
+from nova_pmt.lab import deployment, image, process, registry
 from nova_pmt.lab.domain import BOOT, GuestSpec, domain_xml
 from nova_pmt.lab.lab import TRANSPORT_URL, Lab
 from nova_pmt.lab.lab_guest import CONTROL_PORT
@@ -67,6 +67,8 @@ def _daemon(lab: Lab, writer: int) -> NoReturn:
         with _answering(writer) as answer, lab:
             _leave_terminal(lab.directory / "logs" / "lab.log")
             _prepare_guests(lab)
+            if lab.rabbit is not None:
+                deployment.deploy(lab)
             answer({"id": lab.id})
             while True:
                 signal.pause()  # SIGTERM ends it by an exception, see Lab
@@ -77,7 +79,7 @@ def _daemon(lab: Lab, writer: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _answering(writer: int):  # type: ignore[no-untyped-def]
+def _answering(writer: int) -> Iterator[Callable[[dict[str, str]], None]]:
     """Yield a function that tells the waiting command the result; an error is told, too."""
 
     def answer(result: dict[str, str]) -> None:

@@ -78,6 +78,8 @@ class LabHost:
         """
         if self.powered:
             return
+        if not self.index:
+            raise LabError("ctl cannot come back: its networks are gone", cure="Start a new lab.")
         libvirtd.forget_owners(self.disk)
         self.start_namespaces()
         self.wait_namespaces()

@@ -21,6 +21,7 @@ import secrets
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType, TracebackType
 from typing import Literal
@@ -47,8 +48,8 @@ class Lab:
     :param accel: ``auto`` takes KVM for the guests if it really boots one.
     :param detached: for the registry only: the lab belongs to ``nova-pmt-lab up``.
 
-    After an exception, Ctrl-C or SIGTERM inside the ``with`` all is down, too. After a SIGKILL of
-    this process the hosts die with it, and the next lab removes the files.
+    After an exception, Ctrl-C, SIGTERM or SIGHUP inside the ``with`` all is down, too. After a
+    SIGKILL of this process the hosts die with it, and the next lab removes the files.
     """
 
     def __init__(
@@ -168,23 +169,23 @@ class Lab:
 
 
 @contextlib.contextmanager
-def _terminated_is_exit():  # type: ignore[no-untyped-def]
-    """Let SIGTERM end the program as Ctrl-C does, through all ``with`` blocks.
+def _terminated_is_exit() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, through all ``with`` blocks.
 
-    Only in the main thread, and only if the program has no handler of its own.
+    Only in the main thread, and only where the program has no handler of its own.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
+    taken = []
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, leave)
+                taken.append(number)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)

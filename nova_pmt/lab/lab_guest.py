@@ -69,7 +69,8 @@ class LabGuest:
 
     def console(self) -> str:
         """All that it wrote to the serial console of this host since this handle was made."""
-        return self._console_bytes()[self._console_start :].decode(errors="replace")
+        text = self._console_bytes()[self._console_start :].decode(errors="replace")
+        return text.replace("\r\n", "\n")
 
     def _console_bytes(self) -> bytes:
         try:
@@ -159,17 +160,15 @@ class LabGuest:
 
     def destroy(self) -> None:
         """Take the domain away from this host, whatever state it is in."""
-        import libvirt
-
         with self.host.libvirt() as connection:
-            try:
-                domain = connection.lookupByUUIDString(self.uuid)
-            except libvirt.libvirtError:
-                return
-            if domain.isActive():
-                domain.destroy()
-            if self.spec.persistent:
-                domain.undefine()
+            # A lookup that fails would be printed by libvirt's default error handler.
+            for domain in connection.listAllDomains():
+                if domain.UUIDString() == self.uuid:
+                    persistent = domain.isPersistent()
+                    if domain.isActive():
+                        domain.destroy()
+                    if persistent:
+                        domain.undefine()
 
 
 def boot(host: LabHost, spec: GuestSpec) -> LabGuest:

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 import uuid
 from pathlib import Path
@@ -99,12 +100,12 @@ def wait_ready(process: LabProcess, pid: int, timeout: float = 30.0) -> None:
 
     deadline = time.monotonic() + timeout
     while process.alive() and time.monotonic() < deadline:
-        if os.path.exists(f"/proc/{pid}/root{SOCKET}"):
-            try:
-                # Answered only after the drivers are initialised.
-                libvirt.open(uri(pid)).close()
-                return
-            except libvirt.libvirtError:
-                pass  # the socket is there a moment before it listens
+        # By hand first: libvirt prints a refused connection whether it is caught or not.
+        with socket.socket(socket.AF_UNIX) as probe:
+            listens = probe.connect_ex(f"/proc/{pid}/root{SOCKET}") == 0
+        if listens:
+            # Answered only after the drivers are initialised.
+            libvirt.open(uri(pid)).close()
+            return
         time.sleep(0.01)
     raise LabError(f"{process.name} is not ready: {process.tail()}", cure=f"See {process.log}")

@@ -38,6 +38,10 @@ class Network:
         """Address of ctl (index 0) or of compute ``index``."""
         return f"{self.prefix}.{10 + index if index else 1}"
 
+    def mac(self, index: int) -> str:
+        """The host's card keeps its MAC over power cuts, or its peers' ARP tables were wrong."""
+        return "02:00:" + ":".join(f"{int(n):02x}" for n in self.address(index).split("."))
+
 
 MGMT = Network("mgmt", "10.77.0", "RPC, libvirt, SSH")
 REPL = Network("repl", "10.77.1", "replication between the hosts")
@@ -77,7 +81,7 @@ def connect(ctl: int, host: int, index: int, mtu: int) -> None:
         # The peer's namespace is given by a pid, which the kernel looks up in our pid namespace.
         lines += [
             f"link add {net.name}{index} mtu {mtu} type veth"
-            f" peer name {net.name} mtu {mtu} netns {host}",
+            f" peer name {net.name} address {net.mac(index)} mtu {mtu} netns {host}",
             f"link set {net.name}{index} master br-{net.name} up",
         ]
     _batch(["ip"], ctl, lines)

@@ -102,9 +102,12 @@ class LabProcess:
     A program that does not exist ends at once, with status 127.
     """
 
-    def __init__(self, name: str, nsenter: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(
+        self, name: str, nsenter: subprocess.Popen[bytes], log: Path, log_start: int
+    ) -> None:
         self.name = name
         self.log = log
+        self._log_start = log_start
         self._nsenter = nsenter
         self.pid, self._pidfd = self._find_child()
 
@@ -158,11 +161,12 @@ class LabProcess:
         return self.wait(30)
 
     def tail(self, size: int = 2000) -> str:
-        """The end of its log."""
+        """The end of what it wrote to its log; nothing of an earlier process of the same name."""
         try:
-            return self.log.read_text(errors="replace")[-size:].strip()
+            written = self.log.read_bytes()[self._log_start :]
         except OSError:
             return "(no log)"
+        return written[-size:].decode(errors="replace").strip()
 
     def _reap(self) -> int:
         # nsenter stops itself when its child is stopped; left so it would never reap the child,
@@ -185,6 +189,7 @@ def spawn(
 ) -> LabProcess:
     """Start ``argv`` inside the host in the background; its output is appended to ``log``."""
     with open(log, "ab") as out:
+        start = out.tell()
         nsenter = subprocess.Popen(
             enter(pid, argv),
             stdin=subprocess.DEVNULL,
@@ -193,7 +198,7 @@ def spawn(
             env=environment(env),
             start_new_session=True,
         )
-    return LabProcess(name, nsenter, log)
+    return LabProcess(name, nsenter, log, start)
 
 
 def in_network(pid: int, function: Callable[[], T]) -> T:

@@ -32,7 +32,7 @@ from typing import Protocol
 
 from nova_pmt import exception
 from nova_pmt.replication import tls
-from nova_pmt.replication.protocol import HEADER, Header, Type
+from nova_pmt.replication.protocol import HEADER, LIMITS, Header, Type
 
 #: One send: small enough that a pause finds the thread free soon.
 SEND_BYTES = 256 << 10
@@ -324,6 +324,8 @@ def read_frame(sock: socket.socket) -> tuple[Header, bytes]:
 
     try:
         header = Header.unpack(exactly(HEADER.size))
+        if header.length > LIMITS[Type.HELLO]:  # before memory is found for it
+            raise exception.ProtocolMismatch(f"{header.type.name} frame in the handshake")
         return header, exactly(header.length)
     except OSError as error:
         raise tls.refused(error, "the peer") from error

@@ -112,7 +112,7 @@ class Receiver:
         return self._staging.take() if slab is None else slab
 
     def _compact(self) -> None:
-        """Drop staged copies that newer ones replace; moves the others together, towards the front."""
+        """Drop staged copies that newer ones replace; moves the others together."""
         slots = np.concatenate(
             [np.arange(slab * SLAB_PAGES, slab * SLAB_PAGES + n) for slab, n in self._staged]
         )
@@ -137,12 +137,13 @@ class Receiver:
 
         :raises nova_pmt.exception.CheckpointCorrupt: it names pages that there are not.
         """
-        slab, self._filling = self._filling, -1
+        slab = self._filling
         numbers = self._numbers[slab, : header.value]
         if int(numbers.min()) < 0 or int(numbers.max()) >= self._image.page_count:
             raise exception.CheckpointCorrupt(
                 f"page number out of range in checkpoint {header.epoch}"
             )
+        self._filling = -1
         self._digest.add_pages(payload[0], payload[1], header.value)
         self._staged.append((slab, header.value))
         faultpoint.reach("standby.staging")

@@ -59,7 +59,7 @@ def broken(error: OSError, peer: str) -> exception.PeerLost:
         what = error.reason.replace("_", " ").lower()
         return exception.PeerLost(
             f"connection with {peer} failed: TLS says '{what}'",
-            cure="Data was changed on its way, or somebody tried to: check the replication network.",
+            cure="Data was changed on its way: check the replication network.",
         )
     return exception.PeerLost(f"connection with {peer} failed: {error}")
 

@@ -52,7 +52,7 @@ from nova_pmt.guest import prelude, process, vmstate
 from nova_pmt.guest.execution import make_execution
 from nova_pmt.guest.memory import TrackedMemory
 from nova_pmt.guest.monitor import DirectMonitor
-from nova_pmt.guest.tracker import MemoryTracker
+from nova_pmt.guest.tracker import SCAN_THREAD, MemoryTracker
 from nova_pmt.plugins import load_class
 from nova_pmt.replication import protocol, tls
 from nova_pmt.replication.link import Buffers, Link, RawFrame, read_frame
@@ -73,7 +73,14 @@ MIB = 1 << 20
 
 
 class _Unprotect(Exception):
-    """Somebody wants protection to end."""
+    """Protection shall end.
+
+    :param ordered: by the operator, and not because the agent has ended.
+    """
+
+    def __init__(self, reason: str, *, ordered: bool) -> None:
+        super().__init__(reason)
+        self.ordered = ordered
 
 
 class _Switchover(Exception):
@@ -102,8 +109,8 @@ class Primary:
         self._ended = threading.Event()
         self._pending: list[Callable[[], None]] = []
         self._link_failure: exception.PeerError | None = None
+        self._may_activate = False
         self._progress_at = 0.0
-        self._cache_peak_mib = 0.0
         self._last_commit = time.monotonic()
         self._rate = (time.monotonic(), 0, 0.0)
 
@@ -126,6 +133,8 @@ class Primary:
             if header.type is Type.ERROR:
                 error = exception.from_dict(data)
                 raise exception.PeerError(error.message, code=error.code, cure=error.cure)
+            if header.type is Type.ACTIVATED and not self._may_activate:
+                raise exception.PeerLost("the standby went on, by order of its operator")
             if header.type is Type.BYE:
                 raise exception.PeerLost(f"the standby ended: {data.get('reason', 'no reason')}")
         elif header.type is not Type.HEARTBEAT:
@@ -154,14 +163,14 @@ class Primary:
     def _on_command(self, message: dict[str, Any]) -> None:
         command = message.get("command")
         if command == "unprotect":
-            self._post_failure(_Unprotect("on request"))
+            self._post_failure(_Unprotect("on request", ordered=True))
         elif command == "switchover":
             self._post_failure(_Switchover())
         else:
             LOG.warning("%s: agent sent unknown command %r", self._pair.uuid, command)
 
     def _on_agent_gone(self) -> None:
-        self._post_failure(_Unprotect("nova-pmt-agent has ended"))
+        self._post_failure(_Unprotect("nova-pmt-agent has ended", ordered=False))
 
     def _on_qemu_end(self) -> None:
         self._post_failure(exception.GuestGone("the guest's QEMU died"))
@@ -371,13 +380,18 @@ class Primary:
         pausing.prepare()
         try:
             self._loop.synchronise(self._progress)
+            pausing.hurry((SCAN_THREAD,))
             self._state("protected", "first checkpoint committed", epoch=1)
-            while True:
-                self._loop.run()
+            while not self._switchover_ordered():
+                LOG.warning("%s: paused by its operator: no switchover", self._pair.uuid)
+                refusal = exception.NotRunning(
+                    "the guest is paused by its operator and cannot be switched over",
+                    cure="Resume the guest, then try again.",
+                )
+                self.agent.tell("error", error=refusal.to_dict())
+            self._switchover()
         except _Unprotect as request:
             self._leave(str(request), "unprotected")
-        except _Switchover:
-            self._switchover()
         except exception.PeerError as error:
             self.agent.tell("error", error=error.to_dict())
             self._claim_or_yield(error.message)
@@ -395,6 +409,15 @@ class Primary:
                 return
             self.agent.tell("error", error=typed.to_dict())
             self._leave(typed.message, "primary_alone")
+
+    def _switchover_ordered(self) -> bool:
+        """Rounds until a switchover is ordered; whether it can be done."""
+        assert self._loop is not None
+        try:
+            while True:
+                self._loop.run()
+        except _Switchover:
+            return self._execution.running()
 
     def _qemu_ended(self) -> bool:
         """Whether QEMU is gone for certain; a broken monitor alone is no proof of it."""
@@ -437,10 +460,18 @@ class Primary:
             return
         self._claim_or_yield(reason, state)
 
-    def _claim_or_yield(self, reason: str, state: str = "primary_alone") -> None:
-        """The standby may or may not live: whoever claims first goes on."""
-        held = False
+    def _claim_or_yield(
+        self, reason: str, state: str = "primary_alone", *, paused: bool = False
+    ) -> None:
+        """The standby may or may not live: whoever claims first goes on.
+
+        :param paused: the guest was paused by us, and runs on when it may.
+        """
         while True:
+            if process.has_ended(self._pid, self._started):
+                # Never claim for a dead guest: the standby is the one that can go on.
+                self._state("error", f"{reason}; and the guest's QEMU died")
+                return
             try:
                 won = self._arbiter.claim(self._pair.uuid, self._pair.generation, "primary")
                 break
@@ -449,19 +480,19 @@ class Primary:
                     LOG.warning("%s: let go without the arbiter, on request", self._pair.uuid)
                     won = True
                     break
-                if not held:
+                if not paused:
                     # Neither peer nor arbiter: the standby may be running. Nothing of ours may
                     # reach the world; without an egress buffer that means to hold the guest.
-                    held = True
                     LOG.error("%s: guest is held: %s", self._pair.uuid, error)
                     self.agent.tell("error", error=error.to_dict())
                     with contextlib.suppress(exception.GuestError):
+                        paused = self._execution.running()
                         self._monitor.execute("stop")
                 time.sleep(ARBITER_RETRY_S)
         if not won:
             self._yield(reason)
             return
-        if held:
+        if paused:
             self._execution.resume()
         self._disarm()
         self._state(state, reason)
@@ -471,8 +502,8 @@ class Primary:
         assert self._checkpointer is not None
         try:
             self._checkpointer.pump()
-        except _Unprotect:
-            return True
+        except _Unprotect as request:
+            return request.ordered
         except (exception.PmtError, _Switchover):
             return False
         return False
@@ -500,6 +531,7 @@ class Primary:
             self._state("ended", "the guest was shut down")
             return
         reason = "the guest's QEMU died"
+        self._may_activate = True
         self._link.send(
             RawFrame(protocol.pack_json(Type.GUEST_DIED, {"reason": reason})), urgent=True
         )
@@ -518,6 +550,7 @@ class Primary:
         assert self._checkpointer is not None
         self._state("failing_over", "planned switchover")
         started = time.monotonic()
+        self._may_activate = True
         try:
             self._loop.final_round(FINAL_COMMIT_TIMEOUT_S)
         except _Unprotect as request:
@@ -547,7 +580,7 @@ class Primary:
         try:
             won = self._arbiter.claim(self._pair.uuid, self._pair.generation, "primary")
         except exception.ArbiterUnavailable:
-            self._claim_or_yield("the standby did not go on in a planned switchover")
+            self._claim_or_yield("the standby did not go on in a planned switchover", paused=True)
             return
         if not won:
             self._yield("planned switchover; the standby's answer was lost")

@@ -273,9 +273,13 @@ class Standby:
             io.dispatch(self._selector, max(0.001, min(0.1, self._link.tick())))
             if time.monotonic() >= next_stats:
                 next_stats = time.monotonic() + STATS_EVERY_S
-                self.agent.tell(
-                    "stats", received_bytes=self._link.received_bytes, **self._receiver.summary()
-                )
+                self._tell_stats()
+
+    def _tell_stats(self) -> None:
+        if self._link is not None and self._receiver is not None:
+            self.agent.tell(
+                "stats", received_bytes=self._link.received_bytes, **self._receiver.summary()
+            )
 
     def _on_qemu_end(self) -> None:
         raise exception.GuestError("the standby's QEMU has ended")
@@ -379,9 +383,9 @@ class Standby:
         claimed = time.monotonic()
         faultpoint.reach("failover.claimed")
         try:
-            self._domain.resume()
+            self._resume()
         except exception.GuestError as error:
-            # We won, so nobody else may run: say so loudly, and keep the domain for the operator.
+            # We won, so nobody else may run. The agent tries again; the domain stays for it.
             self._end_with_error(error)
             return
         running = time.monotonic()
@@ -405,6 +409,14 @@ class Standby:
             LOG.warning("%s: %s", self._pair.uuid, error)
         self._state("standby_active", reason, **times)
 
+    def _resume(self) -> None:
+        """Through libvirt; but a libvirtd that is away must not keep the guest from going on."""
+        try:
+            self._domain.resume()
+        except exception.GuestError as error:
+            LOG.warning("%s: %s; asking QEMU itself", self._pair.uuid, error)
+            self._monitor.execute("cont")
+
     def _claim(self) -> bool:
         """Ask the arbiter until it answers: a side that cannot ask does not go on."""
         told = False
@@ -416,6 +428,7 @@ class Standby:
                     told = True
                     LOG.error("%s: cannot go on: %s", self._pair.uuid, error)
                     self.agent.tell("error", error=error.to_dict())
+                self._tell_stats()  # so that the agent knows that we live
                 time.sleep(ARBITER_RETRY_S)
 
 

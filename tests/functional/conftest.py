@@ -52,7 +52,7 @@ Boot = Callable[..., LabGuest]
 
 @pytest.fixture
 def boot(lab: Lab) -> Iterator[Boot]:
-    """Boots guests with names and addresses of their own; ends them wherever they are at the end."""
+    """Boots guests with names and addresses of their own; ends them wherever they are."""
     guests: list[LabGuest] = []
 
     def start(host: LabHost, **changes: object) -> LabGuest:

@@ -195,9 +195,7 @@ def protect(
     :param alter_pair: what the primary believes the pair to be.
     """
     xml, blocks = describe(guest)
-    pair = control.Pair(
-        guest.uuid, guest.name, next(_generations), guest.host.name, standby.name
-    )
+    pair = control.Pair(guest.uuid, guest.name, next(_generations), guest.host.name, standby.name)
     with contextlib.ExitStack() as stack:
         waiting = Worker(standby, control.StandbySpec(pair, xml, blocks), standby_env, config)
         stack.callback(waiting.close)

@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""The cache follows the state, never passes its limit, and the pause does not contain the transfer."""
+"""The cache follows the state and keeps its limit; the pause does not contain the transfer."""
 
 from __future__ import annotations
 

@@ -56,7 +56,12 @@ def fail_over(guest: LabGuest, pair: WorkerPair, to: LabHost) -> LabGuest:
 
 @pytest.mark.parametrize(
     ("machine", "vcpus", "shared", "vga"),
-    [("q35", 1, True, False), ("pc", 2, True, True), ("q35", 2, False, True), ("pc", 1, False, False)],
+    [
+        ("q35", 1, True, False),
+        ("pc", 2, True, True),
+        ("q35", 2, False, True),
+        ("pc", 1, False, False),
+    ],
 )
 def test_guest_goes_on_and_can_reboot(
     one: LabHost, two: LabHost, boot: Boot, machine: str, vcpus: int, shared: bool, vga: bool
@@ -70,9 +75,7 @@ def test_guest_goes_on_and_can_reboot(
     assert survivor.boot_id() != before
 
 
-def test_domain_started_by_plain_virsh_is_protected(
-    one: LabHost, two: LabHost, boot: Boot
-) -> None:
+def test_domain_started_by_plain_virsh_is_protected(one: LabHost, two: LabHost, boot: Boot) -> None:
     """Private memory, no monitor of ours: as any domain is that nobody prepared."""
     guest = boot(one, shared_memory=False, second_monitor=False, persistent=True)
     with protect(guest, two) as pair:

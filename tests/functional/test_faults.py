@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""Whatever dies, breaks or lies: one survivor, from a whole checkpoint, and the guest comes first."""
+"""Whatever dies, breaks or lies: one survivor, from a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -236,9 +236,7 @@ def test_another_pair_or_generation_is_refused(
     assert is_running(guest)
 
 
-def test_another_protocol_version_is_refused(
-    one: LabHost, two: LabHost, boot: Boot
-) -> None:
+def test_another_protocol_version_is_refused(one: LabHost, two: LabHost, boot: Boot) -> None:
     guest = boot(one)
     directory = os.path.join(os.path.dirname(__file__), "other_version")
     with protect(guest, two, primary_env={"PYTHONPATH": directory}) as pair:

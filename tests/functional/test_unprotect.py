@@ -79,9 +79,7 @@ def test_unprotect_leaves_everything_as_it_was(
     assert guest.name not in two.guests()
 
 
-def test_a_guest_is_protected_again_after_unprotect(
-    one: LabHost, two: LabHost, boot: Boot
-) -> None:
+def test_a_guest_is_protected_again_after_unprotect(one: LabHost, two: LabHost, boot: Boot) -> None:
     guest = boot(one)
     for _ in range(3):
         with protect(guest, two) as pair:

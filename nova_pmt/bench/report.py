@@ -1,0 +1,117 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What people see: a progress bar on a terminal, plain lines elsewhere, and the tables."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+#: A pipe or a file has no width: lines there must not be folded.
+_WIDE = 200
+
+
+class Report:
+    """Progress of a benchmark; a context manager.
+
+    :param console: where it goes; standard error, so that the table can be piped.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        if not console.is_terminal:
+            console.width = _WIDE
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task: Any = None
+        self._label = ""
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self._bar.print(text) if self._console.is_terminal else self._console.print(text)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """``done`` of ``total``; a new label is a new bar, and one line where there are no bars."""
+        if label != self._label:
+            self._label = label
+            if self._console.is_terminal:
+                self._task = self._bar.add_task(label, total=total)
+            else:
+                self._console.print(label)
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> Report:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+
+def _pair(times: dict[str, float]) -> str:
+    return f"{times['p50']:.2f} / {times['p99']:.2f}"
+
+
+def pause_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows of ``nova-pmt-bench pause``."""
+    table = Table(title="Pause against its floor: p50 / p99 in ms, and ratios within this run")
+    for name in (
+        *("memory", "dirty pages", "in pause", "floor", "pause", "plain", "memcpy p50", "scan"),
+        *("ratio p50", "ratio p99", "plain ratio"),
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['memory_mib']} MiB",
+            f"{row['dirty_pages']:.0f}",
+            f"{row['pages_in_pause']:.0f}",
+            _pair(row["floor_ms"]),
+            _pair(row["pause_ms"]),
+            _pair(row["plain_ms"]),
+            f"{row['memcpy_ms']['p50']:.2f}",
+            f"{row['scan_ms']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_p99']:.2f}",
+            f"{row['plain_ratio']:.2f}",
+        )
+    return table
+
+
+def qmp_table(row: dict[str, Any]) -> Table:
+    """The result of ``nova-pmt-bench qmp``."""
+    table = Table(title="stop + save devices + cont: p50 / p99 in ms")
+    for name in ("qemu.qmp", "ours, one by one", "ours, pipelined", "qemu.qmp / ours", "at p99"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        _pair(row["library_ms"]),
+        _pair(row["direct_ms"]),
+        _pair(row["pipelined_ms"]),
+        f"{row['ratio']:.2f}",
+        f"{row['ratio_p99']:.2f}",
+    )
+    return table

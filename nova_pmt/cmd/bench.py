@@ -1,0 +1,201 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""``nova-pmt-bench``: measures pauses on guests of the lab."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from nova_pmt import exception
+from nova_pmt.bench import environment, report
+from nova_pmt.bench.report import Report
+
+_INTERRUPTED = 130
+_WIDE = 200
+_DESCRIPTION = """\
+Measures what protection costs a guest on this machine. Boots small guests of its own in the lab
+(as root; all is gone at the end) and compares within one run, interleaved: other load on the
+machine then falls on all alike. Look at the ratios; absolute times are this machine's.
+"""
+_PAUSE = """\
+For each memory size boots one guest and has it touch all its memory; for each number of dirty
+pages sets its dirtier so that a checkpoint has about so many, and measures in random order
+
+  floor    stop + save devices + cont; nothing is scanned or copied
+  pause    the pause of a round as the product does it, after its pre-copy passes
+  plain    the same without passes: everything dirty is copied in the pause
+  memcpy   the pages of the last pause, copied into warm memory while the guest runs
+
+Combinations that do not fit into the guest's memory are left out, and said so.
+"""
+_PAUSE_EPILOG = """\
+example:
+  nova-pmt-bench pause --memory 128,4096 --dirty 1000,5000,20000 --json build/pause.json
+
+rows of the JSON: memory_mib, dirty_pages (p50 of a checkpoint's), pause_ms, floor_ms, plain_ms and
+memcpy_ms {p50, p99, max}, ratio (pause / floor at p50), ratio_p99, plain_ratio, pages_in_pause,
+steps_ms (stop, scan, copy, save, cont; p50), machine, vcpus, rounds
+"""
+_QMP = """\
+Compares two QMP clients at stop + save devices + cont on one guest, in alternating blocks: the
+qemu.qmp library, and nova_pmt's own; that one also as the product uses it, with stop and save in
+one write (pipelined).
+"""
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not numbers with commas between: {text!r}") from error
+    if not all(0 < number <= 1 << 24 for number in numbers):
+        raise argparse.ArgumentTypeError("numbers must be from 1 to 16777216")
+    return numbers
+
+
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"must be {lowest} or more")
+        return value
+
+    convert.__name__ = "number"  # argparse names it in "invalid number value"
+    return convert
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="nova-pmt-bench",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="BENCHMARK", required=True)
+    pause = commands.add_parser(
+        "pause",
+        help="the pause against its floor",
+        description=_PAUSE,
+        epilog=_PAUSE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pause.add_argument(
+        "--memory", type=_numbers, default=(128,), metavar="MIB,...", help="guest sizes (128)"
+    )
+    pause.add_argument(
+        "--dirty",
+        type=_numbers,
+        default=(1000,),
+        metavar="PAGES,...",
+        help="dirty pages per checkpoint, 4 KiB each (1000)",
+    )
+    pause.add_argument(
+        "--passes", type=_at_least(0), default=2, help="pre-copy passes before a pause (2)"
+    )
+    pause.add_argument(
+        "--threads", type=_at_least(0), default=0, help="threads that scan; 0: as the product (0)"
+    )
+    pause.add_argument(
+        "--interval-ms", type=_at_least(5), default=50, help="guest runs so long between (50)"
+    )
+    pause.add_argument(
+        "--burst-ms", type=_at_least(1), default=10, help="period of the guest's dirtier (10)"
+    )
+    _common(pause, rounds=150)
+    qmp = commands.add_parser(
+        "qmp",
+        help="the qemu.qmp library against our monitor",
+        description=_QMP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    qmp.add_argument("--memory", type=_at_least(64), default=128, help="guest size in MiB (128)")
+    qmp.add_argument("--block", type=_at_least(1), default=25, help="rounds per block (25)")
+    _common(qmp, rounds=200)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser, rounds: int) -> None:
+    parser.add_argument("--machine", choices=("q35", "pc"), default="q35", help="(q35)")
+    parser.add_argument("--vcpus", type=_at_least(1), default=1, help="(1)")
+    parser.add_argument(
+        "--rounds", type=_at_least(3), default=rounds, help=f"measurements of each ({rounds})"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Exit status: 0 ok, 1 failed, 2 usage, 130 interrupted."""
+    args = make_parser().parse_args(argv)
+    logging.getLogger().addHandler(logging.NullHandler())
+    out, err = Console(), Console(stderr=True, highlight=False)
+    if not out.is_terminal:
+        out.width = _WIDE
+    command = ["nova-pmt-bench", *(sys.argv[1:] if argv is None else argv)]
+    try:
+        with Report(err) as progress:
+            table, rows, qemu = _RUN[args.command](args, progress)
+        out.print(table)
+        if args.json is not None:
+            environment.write(args.json, environment.header(args.command, command, qemu), rows)
+    except exception.PmtError as error:
+        err.print(f"error: {error.message} [{error.code}]", markup=False)
+        err.print(f"cure: {error.cure}", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0
+
+
+def _run_pause(args: argparse.Namespace, progress: Report):  # type: ignore[no-untyped-def]
+    from nova_pmt.bench.pause import PauseBenchmark, PauseOptions
+
+    options = PauseOptions(
+        memory_mib=args.memory,
+        dirty_pages=args.dirty,
+        rounds=args.rounds,
+        machine=args.machine,
+        vcpus=args.vcpus,
+        passes=args.passes,
+        threads=args.threads,
+        interval_ms=args.interval_ms,
+        burst_ms=args.burst_ms,
+    )
+    benchmark = PauseBenchmark(options, progress)
+    benchmark.run()
+    return report.pause_table(benchmark.rows), benchmark.rows, benchmark.qemu
+
+
+def _run_qmp(args: argparse.Namespace, progress: Report):  # type: ignore[no-untyped-def]
+    from nova_pmt.bench import qmp
+
+    row, qemu = qmp.run(
+        memory_mib=args.memory,
+        machine=args.machine,
+        vcpus=args.vcpus,
+        rounds=args.rounds,
+        block=args.block,
+        progress=progress,
+    )
+    return report.qmp_table(row), [row], qemu
+
+
+_RUN = {"pause": _run_pause, "qmp": _run_qmp}
+
+if __name__ == "__main__":
+    sys.exit(main())
