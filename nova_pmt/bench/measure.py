@@ -30,7 +30,6 @@ import numpy as np
 from nova_pmt import exception
 from nova_pmt.bench.guest import BenchGuest
 from nova_pmt.bench.variants import Sample, Variants
-from nova_pmt.guest.tracker import SCAN_THREAD
 from nova_pmt.worker import pausing
 
 #: Not counted: the first rounds warm caches and let the cache of slabs find its size.
@@ -98,7 +97,6 @@ def serve(source: TextIO, sink: TextIO) -> int:
     try:
         with BenchGuest(first["domain"], threads=first["threads"]) as guest:
             pausing.prepare()
-            pausing.hurry((SCAN_THREAD,))
             tell(
                 done="start",
                 qemu=guest.qemu_version,

@@ -61,12 +61,18 @@ def _devices(root: ET.Element) -> Iterator[Refusal]:
     for disk in devices.findall("disk"):
         target = disk.find("target")
         name = target.get("dev") if target is not None else "?"
-        if disk.get("type") == "vhostuser":
-            yield exception.UnsupportedDevice(f"disk {name} is a vhost-user device")
+        if disk.get("type") in ("vhostuser", "vhostvdpa", "nvme"):
+            yield exception.UnsupportedDevice(
+                f"disk {name} is of type '{disk.get('type')}': another process or device writes "
+                "guest memory, unseen by the tracker"
+            )
         elif disk.find("source") is not None and disk.find("readonly") is None:
             yield exception.DiskNotReplicated(
                 f"disk {name} is writable, and disks are not replicated yet"
             )
+    for driver in devices.findall("video/driver"):
+        if driver.get("name") == "vhostuser":
+            yield exception.UnsupportedDevice("the graphics card is a vhost-user device")
     for tag, what in (
         ("shmem", "memory shared with other guests"),
         ("tpm", "a TPM, whose state lies outside QEMU"),

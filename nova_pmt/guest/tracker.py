@@ -19,9 +19,6 @@ from abc import ABC, abstractmethod
 from nova_pmt.guest.layout import Layout
 from nova_pmt.guest.pagemap import PageNumbers
 
-#: Name of the threads of a tracker that a guest waits for in its pause.
-SCAN_THREAD = "scan"
-
 
 class MemoryTracker(ABC):
     """Tells which pages of a running guest were written.

@@ -41,7 +41,7 @@ from nova_pmt.guest import pagemap
 from nova_pmt.guest.injection import ForeignCalls
 from nova_pmt.guest.layout import PAGE_SIZE, Layout
 from nova_pmt.guest.pagemap import PageNumbers, RangeScanner
-from nova_pmt.guest.tracker import SCAN_THREAD, MemoryTracker
+from nova_pmt.guest.tracker import MemoryTracker
 
 SYS_CLOSE, SYS_IOCTL, SYS_USERFAULTFD = 3, 16, 323
 UFFD_USER_MODE_ONLY = 1
@@ -128,7 +128,7 @@ class UffdTracker(MemoryTracker):
                 self._parts.append(RangeScanner(self._pagemap, start, end, block.first_page + at))
         self._helpers = min(self._threads, len(self._parts)) - 1
         for _ in range(self._helpers):
-            threading.Thread(target=self._help, name=SCAN_THREAD, daemon=True).start()
+            threading.Thread(target=self._help, name="pagemap-scan", daemon=True).start()
 
     def _help(self) -> None:
         while self._wake.get():

@@ -37,7 +37,6 @@ def measure(uuid: str, rounds: int, interval_s: float) -> list[float]:
     with domain.monitor(RUNTIME) as monitor:
         execution = make_execution(monitor, directory)
         pausing.prepare()
-        pausing.hurry()
         for _ in range(rounds):
             time.sleep(interval_s)
             execution.running()

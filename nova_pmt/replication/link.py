@@ -26,6 +26,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -145,6 +146,9 @@ class Link:
         self._clock = clock
         self.last_received = self._last_sent = clock()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # Not closed with the link: another thread may be about to write to it, and the number
+        # could be another file's by then.
+        weakref.finalize(self, os.close, self._wake)
         self._selector: selectors.BaseSelector | None = None
         self._interest = 0
         self.sent_bytes = 0
@@ -304,7 +308,6 @@ class Link:
             self._selector.unregister(self._wake)
             self._selector = None
         self._sock.close()
-        os.close(self._wake)
 
 
 def read_frame(sock: socket.socket) -> tuple[Header, bytes]:

@@ -11,8 +11,7 @@
 #    under the License.
 
 """What a process does once so that its pauses are short: no garbage collection by chance, no
-page given back to the kernel and faulted in again, the interpreter's lock handed over quickly.
-And what it does for the rounds: the threads that a guest waits for do not wait for a CPU."""
+page given back to the kernel and faulted in again, the interpreter's lock handed over quickly."""
 
 from __future__ import annotations
 
@@ -21,15 +20,12 @@ import ctypes
 import gc
 import os
 import sys
-import threading
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MCL_CURRENT = 1
 SWITCH_INTERVAL_S = 5e-5
 #: Below every normal process: the guest stands still while this one is waited for.
 NICE = -10
-#: Above every normal thread, below every other one of real time.
-REALTIME_PRIORITY = 1
 
 
 def prepare() -> None:
@@ -45,19 +41,3 @@ def prepare() -> None:
     gc.disable()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, NICE)
-
-
-def hurry(thread_names: tuple[str, ...] = ()) -> None:
-    """Run the calling thread, and those of these names, as soon as they have something to do.
-
-    On a busy host a pause otherwise lasts as long as somebody else's time slice, several
-    milliseconds, each time that QEMU has answered. The threads sleep between rounds, and the
-    kernel's throttle of real-time threads (``sched_rt_runtime_us``) stands above them. Without
-    the right to do so (CAP_SYS_NICE) all stays as it was.
-    """
-    urgent = os.sched_param(REALTIME_PRIORITY)
-    current = threading.current_thread()
-    for thread in threading.enumerate():
-        if thread.native_id and (thread is current or thread.name in thread_names):
-            with contextlib.suppress(OSError):
-                os.sched_setscheduler(thread.native_id, os.SCHED_RR, urgent)

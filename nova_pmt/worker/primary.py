@@ -52,7 +52,7 @@ from nova_pmt.guest import prelude, process, vmstate
 from nova_pmt.guest.execution import make_execution
 from nova_pmt.guest.memory import TrackedMemory
 from nova_pmt.guest.monitor import DirectMonitor
-from nova_pmt.guest.tracker import SCAN_THREAD, MemoryTracker
+from nova_pmt.guest.tracker import MemoryTracker
 from nova_pmt.plugins import load_class
 from nova_pmt.replication import protocol, tls
 from nova_pmt.replication.link import Buffers, Link, RawFrame, read_frame
@@ -380,7 +380,6 @@ class Primary:
         pausing.prepare()
         try:
             self._loop.synchronise(self._progress)
-            pausing.hurry((SCAN_THREAD,))
             self._state("protected", "first checkpoint committed", epoch=1)
             while not self._switchover_ordered():
                 LOG.warning("%s: paused by its operator: no switchover", self._pair.uuid)
