@@ -29,7 +29,7 @@ from typing import Any
 from nova_pmt import exception
 from nova_pmt.arbiter.base import Arbiter, Side
 
-_UUID = re.compile(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+_UUID = re.compile(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 
 
 class FileArbiter(Arbiter):
@@ -49,11 +49,11 @@ class FileArbiter(Arbiter):
         try:
             descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                os.write(descriptor, side.encode())
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            try:
+                try:
+                    os.write(descriptor, side.encode())
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
                 # Over NFS a lost reply makes link() fail although it worked: read who won.
                 with contextlib.suppress(FileExistsError):
                     os.link(own, path)

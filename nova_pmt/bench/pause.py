@@ -49,7 +49,7 @@ class PauseOptions:
     passes: int = 2
     threads: int = 0
     interval_ms: int = 50
-    burst_ms: int = 10
+    burst_ms: int = 25
 
 
 def buffer_mib(memory_mib: int, pages: int) -> int | None:

@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--interval-ms", type=_at_least(5), default=50, help="guest runs so long between (50)"
     )
     pause.add_argument(
-        "--burst-ms", type=_at_least(1), default=10, help="period of the guest's dirtier (10)"
+        "--burst-ms", type=_at_least(1), default=25, help="period of the guest's dirtier (25)"
     )
     _common(pause, rounds=150)
     qmp = commands.add_parser(

@@ -37,12 +37,18 @@ from nova_pmt import exception
 
 PTRACE_SINGLESTEP, PTRACE_GETREGS, PTRACE_SETREGS, PTRACE_DETACH = 9, 12, 13, 17
 PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
+PTRACE_GETSIGMASK, PTRACE_SETSIGMASK = 0x420A, 0x420B
 WALL = 0x40000000
 PTRACE_EVENT_STOP = 128
 SYSCALL_INSTRUCTION = b"\x0f\x05"
 #: Below the red zone of the interrupted frame (System V ABI: 128 bytes), and far enough.
 SCRATCH_OFFSET = 4096
 SCRATCH_BYTES = 256
+#: Kept waiting while we are in there; not what the processor raises (and SIGTRAP ends each step).
+BLOCKED = 2**64 - 1
+for _signal in (signal.SIGTRAP, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE):
+    BLOCKED &= ~(1 << (_signal - 1))
+SIGSET_BYTES = 8
 STOP_TIMEOUT_S = 0.5
 ATTEMPTS = 20
 
@@ -159,10 +165,18 @@ class ForeignCalls:
             self._scratch_saved = os.pread(self._mem, SCRATCH_BYTES, self._scratch)
             if len(self._scratch_saved) != SCRATCH_BYTES:
                 raise exception.InjectionRefused("its stack is too small")
+            # A signal that came during a step would be lost, and the step not be done.
+            self._mask = ctypes.c_uint64()
+            _ptrace(PTRACE_GETSIGMASK, self.pid, SIGSET_BYTES, ctypes.addressof(self._mask))
+            self._set_mask(BLOCKED)
         except BaseException:
             os.close(self._mem)
             raise
         return True
+
+    def _set_mask(self, signals: int) -> None:
+        mask = ctypes.c_uint64(signals)
+        _ptrace(PTRACE_SETSIGMASK, self.pid, SIGSET_BYTES, ctypes.addressof(mask))
 
     def call(self, number: int, *args: int | None, buffer: bytes = b"") -> tuple[int, bytes]:
         """Make one system call.
@@ -202,6 +216,7 @@ class ForeignCalls:
         try:
             os.pwrite(self._mem, self._scratch_saved, self._scratch)
             _ptrace(PTRACE_SETREGS, self.pid, 0, ctypes.addressof(self._saved))
+            self._set_mask(self._mask.value)
         finally:
             os.close(self._mem)
             self._detach()

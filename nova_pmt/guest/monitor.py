@@ -14,7 +14,7 @@
 
 Why not the ``qemu.qmp`` library on the pause path: measured with
 ``nova-pmt-bench qmp``, its asyncio turn-around makes stop + save + cont about
-half as long again (the project's limit was 20 %), and it cannot put two
+20 % longer than what is done here (the project's limit), since it also cannot put two
 commands into one write. Everything else about the protocol is taken from
 QEMU's ``docs/interop/qmp-spec.rst``.
 """

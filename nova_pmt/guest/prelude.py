@@ -146,6 +146,8 @@ def take(monitor: Monitor, layout: Layout, directory: str, timeout_s: float = 60
         def drain() -> None:
             try:
                 reader.read()
+                if not complete.is_set():
+                    raise exception.GuestError("QEMU ended the migration of the prelude too early")
                 while connection.recv(1 << 20):
                     pass
             except BaseException as error:  # noqa: BLE001  reported below, by the caller's thread

@@ -19,6 +19,9 @@ from abc import ABC, abstractmethod
 from nova_pmt.guest.layout import Layout
 from nova_pmt.guest.pagemap import PageNumbers
 
+#: Name of a tracker's threads: a guest that is paused waits for them.
+SCAN_THREAD = "scan"
+
 
 class MemoryTracker(ABC):
     """Tells which pages of a running guest were written.

@@ -41,7 +41,7 @@ from nova_pmt.guest import pagemap
 from nova_pmt.guest.injection import ForeignCalls
 from nova_pmt.guest.layout import PAGE_SIZE, Layout
 from nova_pmt.guest.pagemap import PageNumbers, RangeScanner
-from nova_pmt.guest.tracker import MemoryTracker
+from nova_pmt.guest.tracker import SCAN_THREAD, MemoryTracker
 
 SYS_CLOSE, SYS_IOCTL, SYS_USERFAULTFD = 3, 16, 323
 UFFD_USER_MODE_ONLY = 1
@@ -128,7 +128,7 @@ class UffdTracker(MemoryTracker):
                 self._parts.append(RangeScanner(self._pagemap, start, end, block.first_page + at))
         self._helpers = min(self._threads, len(self._parts)) - 1
         for _ in range(self._helpers):
-            threading.Thread(target=self._help, name="pagemap-scan", daemon=True).start()
+            threading.Thread(target=self._help, name=SCAN_THREAD, daemon=True).start()
 
     def _help(self) -> None:
         while self._wake.get():
@@ -200,9 +200,11 @@ class UffdTracker(MemoryTracker):
                 with ForeignCalls(self._pid) as foreign:
                     for block in self._layout.blocks:
                         area = struct.pack("QQ", block.address, block.length)
-                        foreign.call(
-                            SYS_IOCTL, self._foreign_fd, UFFDIO_UNREGISTER, None, buffer=area
-                        )
+                        # What is not mapped any more must not hinder the rest; closing ends it all.
+                        with contextlib.suppress(OSError):
+                            foreign.call(
+                                SYS_IOCTL, self._foreign_fd, UFFDIO_UNREGISTER, None, buffer=area
+                            )
                     foreign.call(SYS_CLOSE, self._foreign_fd)
             except (exception.InjectionRefused, OSError):
                 if os.path.exists(f"/proc/{self._pid}"):

@@ -28,6 +28,8 @@ QEMU_NS = "http://libvirt.org/schemas/domain/qemu/1.0"
 PMT_NS = "https://opendev.org/x/nova-pmt/standby/1.0"
 ET.register_namespace("qemu", QEMU_NS)
 ET.register_namespace("pmt", PMT_NS)
+# Other tools look for the prefix that Nova uses.
+ET.register_namespace("nova", "http://openstack.org/xmlns/libvirt/nova/1.1")
 _OURS = re.compile(r"^unix:.*/qmp/[0-9a-f-]{36}\.sock,")
 
 

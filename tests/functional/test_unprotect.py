@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -32,10 +33,10 @@ def facts(guest: LabGuest) -> dict[str, Any]:
     try:
         domain = guest_domain.Domain.find(connection, guest.uuid)
         with LibvirtMonitor(domain.handle, connection) as monitor:
-            links = [
-                os.readlink(f"/proc/{guest.pid}/fd/{name}")
-                for name in os.listdir(f"/proc/{guest.pid}/fd")
-            ]
+            links = []
+            for name in os.listdir(f"/proc/{guest.pid}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # QEMU opens and closes files
+                    links.append(os.readlink(f"/proc/{guest.pid}/fd/{name}"))
             return {
                 "capabilities": monitor.execute("query-migrate-capabilities"),
                 "parameters": monitor.execute("query-migrate-parameters"),
