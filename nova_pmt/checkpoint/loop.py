@@ -18,7 +18,7 @@ import gc
 import time
 from collections.abc import Callable
 
-from nova_pmt import exception
+from nova_pmt import exception, faultpoint
 from nova_pmt.checkpoint.interfaces import GuestExecution
 from nova_pmt.checkpoint.round import Checkpointer
 from nova_pmt.checkpoint.strategies.base import Strategy
@@ -148,6 +148,7 @@ class Loop:
             checkpoint = checkpointer.capture(resume=False)
             if checkpoint is None:
                 raise exception.GuestError("the final checkpoint was not complete")
+            faultpoint.reach("switchover.paused")
             checkpointer.transfer(checkpoint)
             deadline = self._clock() + timeout_s
             while checkpointer.in_flight:

@@ -17,7 +17,6 @@ Written between pauses only. Times are in microseconds, sizes in pages or bytes.
 
 from __future__ import annotations
 
-import time
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
@@ -85,7 +84,6 @@ class Statistics:
         self.throttled_rounds = 0
         self.pages_total = 0
         self._last: RoundRecord | None = None
-        self._rate_from = (time.monotonic(), 0)
 
     def add(self, record: RoundRecord) -> None:
         """A round was committed."""

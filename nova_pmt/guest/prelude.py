@@ -113,6 +113,11 @@ def _end(monitor: Monitor, was_running: bool, timeout_s: float) -> None:
         time.sleep(0.002)
 
 
+def _hang_up(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 def take(monitor: Monitor, layout: Layout, directory: str, timeout_s: float = 60.0) -> Prelude:
     """Run the prelude on a running guest.
 
@@ -140,6 +145,8 @@ def take(monitor: Monitor, layout: Layout, directory: str, timeout_s: float = 60
         connection = stack.enter_context(listener.accept()[0])
         connection.settimeout(None)
         stream = stack.enter_context(cast("BinaryIO", connection.makefile("rb", 1 << 20)))
+        # The reader may wait for more: closing the stream would wait for the reader.
+        stack.callback(_hang_up, connection)
         skip = frozenset(block.name for block in layout.blocks)
         reader = PreludeReader(stream, skip, complete.set)
 

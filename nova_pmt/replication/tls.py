@@ -36,15 +36,6 @@ def _context(conf: Any, purpose: int) -> ssl.SSLContext:
     return context
 
 
-def check_files(conf: Any) -> None:
-    """See that the certificates can be loaded.
-
-    :raises nova_pmt.exception.ConfigError: they cannot.
-    """
-    if not conf.tls.insecure:
-        _context(conf, ssl.PROTOCOL_TLS_SERVER)
-
-
 def refused(error: OSError, peer: str) -> exception.PeerError:
     """The typed error for what a TLS or plain socket raised."""
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):

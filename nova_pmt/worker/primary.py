@@ -165,6 +165,10 @@ class Primary:
         if command == "unprotect":
             self._post_failure(_Unprotect("on request", ordered=True))
         elif command == "switchover":
+            if self._checkpointer is None or not self._checkpointer.committed:
+                refusal = exception.NotReady("the first synchronisation is not complete")
+                self.agent.tell("error", error=refusal.to_dict())
+                return
             self._post_failure(_Switchover())
         else:
             LOG.warning("%s: agent sent unknown command %r", self._pair.uuid, command)

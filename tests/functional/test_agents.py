@@ -147,6 +147,29 @@ def test_a_host_that_lost_power_comes_back_to_a_pair_that_went_on_without_it(
     assert guest.on(two).verify().startswith("ok")
 
 
+@pytest.mark.parametrize("step", ["failover.claimed", "failover.resumed"])
+def test_a_worker_that_dies_after_it_won_does_not_lose_the_guest(
+    agents: Lab, one: LabHost, two: LabHost, boot: Boot, step: str
+) -> None:
+    guest = boot(one)
+    number = guest.boot_id()
+    two.processes["nova-pmt-agent"].stop()
+    deployment.start_agent(two, {"NOVA_PMT_FAULT": f"{step}:kill"})
+    deployment.wait_agents(agents)
+    try:
+        deployment.operate(agents, "protect", guest.name, "--standby", two.name)
+        os.kill(guest.pid, signal.SIGKILL)
+        survivor = guest.on(two)
+        eventually(lambda: "running" in two.run(["virsh", "domstate", guest.name]).stdout)
+        assert survivor.boot_id() == number
+        assert survivor.verify().startswith("ok")
+    finally:
+        two.processes["nova-pmt-agent"].stop()
+        deployment.start_agent(two)
+        deployment.wait_agents(agents)
+    assert guest.name in two.guests()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

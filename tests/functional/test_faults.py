@@ -87,6 +87,26 @@ def test_primary_worker_killed_in_the_first_synchronisation(
     assert guest.name not in two.guests()
 
 
+@pytest.mark.parametrize(
+    "step", [step for step in faultpoint.STEPS if step.startswith("switchover.")]
+)
+def test_primary_worker_killed_in_a_planned_switchover(
+    one: LabHost, two: LabHost, boot: Boot, step: str
+) -> None:
+    """The guest is paused then: the standby goes on, with the final checkpoint if it is whole."""
+    guest = boot(one)
+    with protect(guest, two, primary_env={"NOVA_PMT_FAULT": f"{step}:kill"}) as pair:
+        pair.protected().rounds(3)
+        pair.primary.command("switchover")
+        pair.primary.wait(lambda event: event["event"] == "gone")
+        assert one.run(["virsh", "domstate", guest.name]).stdout.strip() == "paused"
+        pair.standby.state("standby_active")
+        one.run(["virsh", "destroy", guest.name])  # what its agent does, having lost the pair
+    survivor = guest.on(two)
+    assert survivor.verify().startswith("ok")
+    assert is_running(survivor)
+
+
 STANDBY_STEPS = [step for step in faultpoint.STEPS if step.startswith("standby.")]
 
 

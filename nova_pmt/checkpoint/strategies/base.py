@@ -37,9 +37,6 @@ class StrategyOptions:
 class Strategy(ABC):
     """Says when a round starts. A pure function of what it was shown: no clock of its own."""
 
-    #: Whether the guest stays paused until the standby has committed (Kemari).
-    transfer_in_pause = False
-
     def __init__(self, options: StrategyOptions) -> None:
         self.options = options
 

@@ -73,8 +73,8 @@ def claim_at_once(directory: str, rounds: int, side: Any, start: Any, results: A
 
 
 def test_exactly_one_side_of_many_that_ask_at_once_wins(tmp_path: Path) -> None:
-    rounds, claimers = 60, 6
-    context = multiprocessing.get_context("fork")
+    rounds, claimers = 60, 4
+    context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(claimers), context.Queue()
     processes = [
         context.Process(

@@ -55,7 +55,6 @@ def test_it_is_the_plug_in_of_that_name() -> None:
 def test_defaults_are_those_of_the_configuration() -> None:
     strategy = PmtStrategy(StrategyOptions())
     assert (strategy.interval_s, strategy.passes) == (0.05, 2)
-    assert strategy.transfer_in_pause is False
 
 
 @given(st.lists(st.floats(0, 1e7), max_size=20))

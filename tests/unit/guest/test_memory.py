@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -49,6 +50,12 @@ class NoTracker(MemoryTracker):
     def detach(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def ended_process() -> int:
+    """A process id that nobody has."""
+    with subprocess.Popen(["true"]) as process:
+        return process.pid
 
 
 def address_of(memory: mmap.mmap) -> int:
@@ -108,10 +115,7 @@ def test_a_range_that_is_not_all_mapped_is_an_error() -> None:
 
 
 def test_a_process_that_ended_is_gone() -> None:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
+    child = ended_process()
     with pytest.raises(exception.GuestGone):
         process.mappings(child)
     assert not process.is_qemu(child)
@@ -162,10 +166,7 @@ def test_memory_that_is_not_there_is_a_typed_error() -> None:
 
 def test_memory_of_a_process_that_ended_is_gone() -> None:
     reader = PrivateReader(TrackedBlock("x", PAGE, 0x1000, 0, True), os.getpid())
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
+    child = ended_process()
     reader._pid = child
     with pytest.raises(exception.GuestGone):
         reader.copy(np.zeros(1, np.int64), np.zeros((1, PAGE), np.uint8))

@@ -28,6 +28,7 @@ from nova_pmt import exception
 from nova_pmt.guest.layout import Layout, TrackedBlock
 from nova_pmt.standby.image import StandbyImage
 from tests.unit.fakes.standby import AsideImage, two_blocks
+from tests.unit.guest.test_memory import ended_process
 
 PAGE = 4096
 
@@ -124,9 +125,6 @@ def test_memory_that_is_not_one_shared_file_is_refused(directory: Path, how: str
 
 
 def test_a_standby_that_ended_is_gone() -> None:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
+    child = ended_process()
     with pytest.raises(exception.GuestGone):
         StandbyImage(two_blocks(60, 10), child)
