@@ -13,8 +13,8 @@
 """QMP: a direct socket where the domain has one, libvirt's passthrough elsewhere.
 
 Why not the ``qemu.qmp`` library on the pause path: measured with
-``nova-pmt-bench qmp``, its asyncio turn-around makes stop + save + cont about
-20 % longer than what is done here (the project's limit), since it also cannot put two
+``nova-pmt-bench qmp``, three runs, its asyncio turn-around makes stop + save + cont
+14 to 23 % longer than what is done here (the project's limit is 20 %), and it cannot put two
 commands into one write. Everything else about the protocol is taken from
 QEMU's ``docs/interop/qmp-spec.rst``.
 """
