@@ -50,7 +50,11 @@ class Arbiter(ABC):
 
     @abstractmethod
     def challenge(self, pair: str) -> str:
-        """Leave a token that a peer which asks the same arbiter can see."""
+        """Leave a token that a peer which asks the same arbiter can see.
+
+        To be called before a pair is made: an arbiter may refuse to decide about pairs of
+        which nothing was left with it.
+        """
 
     @abstractmethod
     def answer(self, pair: str, token: str) -> bool:

@@ -43,7 +43,25 @@ class FileArbiter(Arbiter):
             raise ValueError(f"not a UUID: {pair!r}")
         return os.path.join(self._directory, f"{pair}.{suffix}")
 
+    def _see_mounted(self, pair: str) -> None:
+        """What was left here when the pair was made must be here: else this is another directory.
+
+        A mount point whose export is away is an empty local directory, and on each host another
+        one: both sides would win.
+        """
+        try:
+            os.stat(self._path(pair, "challenge"))
+        except FileNotFoundError as error:
+            raise exception.ArbiterUnavailable(
+                f"the arbiter's directory {self._directory} does not hold what was left there when "
+                f"pair {pair} was made",
+                cure="Mount the shared directory again; the side that waits goes on by itself.",
+            ) from error
+        except OSError as error:
+            raise self._unavailable(error) from error
+
     def claim(self, pair: str, generation: int, side: Side) -> bool:
+        self._see_mounted(pair)
         path = self._path(pair, str(int(generation)))
         own = f"{path}.{secrets.token_hex(8)}.tmp"
         try:
@@ -67,10 +85,9 @@ class FileArbiter(Arbiter):
         try:
             with open(self._path(pair, str(int(generation))), encoding="ascii") as file:
                 text = file.read(16)
-        except FileNotFoundError as error:
-            if os.path.isdir(self._directory):
-                return None
-            raise self._unavailable(error) from error
+        except FileNotFoundError:
+            self._see_mounted(pair)
+            return None
         except OSError as error:
             raise self._unavailable(error) from error
         if text == "primary":

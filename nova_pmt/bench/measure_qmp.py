@@ -93,10 +93,38 @@ def library(path: str, directory: str, rounds: int, pause_s: float) -> list[floa
     return found
 
 
+def stepwise(path: str, directory: str, rounds: int, pause_s: float) -> list[float]:
+    """By qemu.qmp as the pause would have to: between the steps its thread scans and copies.
+
+    The pause's thread is no coroutine: it hands each command to the loop, the save without
+    waiting for its end, since QEMU saves while memory is scanned.
+    """
+    file, found = os.path.join(directory, "devices.state"), []
+    client = QMPClient("bench")
+    loop = asyncio.new_event_loop()
+    wait = loop.run_until_complete
+    try:
+        wait(client.connect(path))
+        for _ in range(rounds):
+            wait(asyncio.sleep(pause_s))
+            start = time.perf_counter()
+            wait(client.execute("stop"))
+            saving = loop.create_task(client.execute(SAVE, {"filename": file, "live": False}))
+            wait(asyncio.sleep(0))  # the command goes out; here the product would scan
+            wait(saving)
+            wait(client.execute("cont"))
+            found.append((time.perf_counter() - start) * 1e3)
+        wait(client.disconnect())
+    finally:
+        loop.close()
+    return found
+
+
 CLIENTS: dict[str, Callable[[str, str, int, float], list[float]]] = {
     "direct": direct,
     "pipelined": pipelined,
     "library": library,
+    "stepwise": stepwise,
 }
 
 

@@ -112,7 +112,7 @@ def calibrated(asked: int, set_to: int, found: float) -> int:
 def qmp_row(samples: Mapping[str, Sequence[float]], **facts: Any) -> dict[str, Any]:
     """The result of ``nova-pmt-bench qmp``.
 
-    :param samples: per client: ``direct``, ``pipelined`` and ``library``.
+    :param samples: per client: ``direct``, ``pipelined``, ``library`` and ``stepwise``.
     """
     times = {name: quantiles(values) for name, values in samples.items()}
     return {
@@ -120,6 +120,7 @@ def qmp_row(samples: Mapping[str, Sequence[float]], **facts: Any) -> dict[str, A
         "ratio": ratio(times["library"]["p50"], times["direct"]["p50"]),
         "ratio_p99": ratio(times["library"]["p99"], times["direct"]["p99"]),
         "pipelined_ratio": ratio(times["library"]["p50"], times["pipelined"]["p50"]),
+        "product_ratio": ratio(times["stepwise"]["p50"], times["pipelined"]["p50"]),
         "rounds": len(samples["library"]),
         **facts,
     }

@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nova_pmt import exception
-from nova_pmt.bench import environment, report
+from nova_pmt.bench import environment, page, report
 from nova_pmt.bench.report import Report
 
 _INTERRUPTED = 130
@@ -54,8 +54,8 @@ steps_ms (stop, scan, copy, save, cont; p50), machine, vcpus, rounds
 """
 _QMP = """\
 Compares two QMP clients at stop + save devices + cont on one guest, in alternating blocks: the
-qemu.qmp library, and nova_pmt's own; that one also as the product uses it, with stop and save in
-one write (pipelined).
+qemu.qmp library, and nova_pmt's own. Each one command after the other, and as the pause uses it:
+the save is under way while the thread does other things (ours sends it with the stop in one write).
 """
 
 
@@ -127,6 +127,12 @@ def make_parser() -> argparse.ArgumentParser:
     qmp.add_argument("--memory", type=_at_least(64), default=128, help="guest size in MiB (128)")
     qmp.add_argument("--block", type=_at_least(1), default=25, help="rounds per block (25)")
     _common(qmp, rounds=200)
+    page = commands.add_parser(
+        "page",
+        help="the results page, from what the others wrote with --json",
+        description="Prints a page of the documentation; doc/source/results/pause.rst is one.",
+    )
+    page.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of a benchmark")
     return parser
 
 
@@ -148,11 +154,17 @@ def main(argv: list[str] | None = None) -> int:
         out.width = _WIDE
     command = ["nova-pmt-bench", *(sys.argv[1:] if argv is None else argv)]
     try:
+        if args.command == "page":
+            print(page.page(args.files))
+            return 0
         with Report(err) as progress:
             table, rows, qemu = _RUN[args.command](args, progress)
         out.print(table)
         if args.json is not None:
             environment.write(args.json, environment.header(args.command, command, qemu), rows)
+    except (OSError, ValueError, KeyError) as error:
+        err.print(f"error: this is no result of a benchmark: {error}", markup=False)
+        return 1
     except exception.PmtError as error:
         err.print(f"error: {error.message} [{error.code}]", markup=False)
         err.print(f"cure: {error.cure}", markup=False)

@@ -55,7 +55,7 @@ so far, so that little is left to copy in the pause. 0 copies everything in the 
         default=2,
         min=1,
         max=8,
-        help="Checkpoints that may be under way to the standby when the next pause starts.",
+        help="Checkpoints that may be under way to the standby at a time, the newest included.",
     ),
     cfg.IntOpt(
         "cache_limit_mib",

@@ -12,11 +12,11 @@
 
 """QMP: a direct socket where the domain has one, libvirt's passthrough elsewhere.
 
-Why not the ``qemu.qmp`` library on the pause path: measured with
-``nova-pmt-bench qmp``, three runs, its asyncio turn-around makes stop + save + cont
-14 to 23 % longer than what is done here (the project's limit is 20 %), and it cannot put two
-commands into one write. Everything else about the protocol is taken from
-QEMU's ``docs/interop/qmp-spec.rst``.
+Why not the ``qemu.qmp`` library on the pause path: used as a pause has to use it, with the save
+under way while the thread scans, it makes stop + save + cont more than 20 % longer than what is
+done here, which was the project's limit (``nova-pmt-bench qmp``; figures on the results page). One
+command after the other it stays just below. The protocol is that of QEMU's
+``docs/interop/qmp-spec.rst``.
 """
 
 from __future__ import annotations

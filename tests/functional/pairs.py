@@ -23,11 +23,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import libvirt
 
 from nova_pmt.agent import control
+from nova_pmt.arbiter.file import FileArbiter
 from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest import layout
 from nova_pmt.guest.monitor import LibvirtMonitor
@@ -196,6 +198,8 @@ def protect(
     """
     xml, blocks = describe(guest)
     pair = control.Pair(guest.uuid, guest.name, next(_generations), guest.host.name, standby.name)
+    shared = SimpleNamespace(directory=str(guest.host.lab.ctl.path(deployment.ARBITER)))
+    FileArbiter(SimpleNamespace(arbiter=shared)).challenge(guest.uuid)
     with contextlib.ExitStack() as stack:
         waiting = Worker(standby, control.StandbySpec(pair, xml, blocks), standby_env, config)
         stack.callback(waiting.close)

@@ -37,7 +37,11 @@ def conf(directory: Path, driver: str = "file") -> Any:
 
 @pytest.fixture
 def arbiter(tmp_path: Path) -> FileArbiter:
-    return FileArbiter(conf(tmp_path))
+    """One that knows of two pairs."""
+    made = FileArbiter(conf(tmp_path))
+    made.challenge(PAIR)
+    made.challenge(OTHER)
+    return made
 
 
 def test_it_is_the_plug_in_of_that_name(tmp_path: Path) -> None:
@@ -74,6 +78,7 @@ def claim_at_once(directory: str, rounds: int, side: Any, start: Any, results: A
 
 def test_exactly_one_side_of_many_that_ask_at_once_wins(tmp_path: Path) -> None:
     rounds, claimers = 60, 4
+    FileArbiter(conf(tmp_path)).challenge(PAIR)
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(claimers), context.Queue()
     processes = [
@@ -94,7 +99,7 @@ def test_exactly_one_side_of_many_that_ask_at_once_wins(tmp_path: Path) -> None:
         # all processes of a side hear the same
         for side, won in answers:
             assert won[generation] == (side in winners)
-    assert len(list(tmp_path.iterdir())) == rounds  # nothing is left lying about
+    assert len(list(tmp_path.iterdir())) == rounds + 1  # nothing is left lying about
 
 
 # -- nobody to ask ----------------------------------------------------------------------
@@ -110,8 +115,20 @@ def test_a_directory_that_is_absent_decides_nothing(tmp_path: Path) -> None:
         with pytest.raises(exception.ArbiterUnavailable) as caught:
             ask()
         assert caught.value.code == "ARBITER_UNAVAILABLE"
-        assert "[arbiter] directory" in caught.value.cure
+        assert "directory" in caught.value.cure
     assert arbiter.answer(PAIR, "token") is False
+
+
+def test_an_empty_mount_point_decides_nothing(tmp_path: Path) -> None:
+    """The export is away: on each host there is an empty local directory in its place."""
+    export, local = tmp_path / "export", tmp_path / "local"
+    export.mkdir()
+    local.mkdir()
+    FileArbiter(conf(export)).challenge(PAIR)
+    for side in ("primary", "standby"):
+        with pytest.raises(exception.ArbiterUnavailable, match="does not hold"):
+            FileArbiter(conf(local)).claim(PAIR, 1, side)
+    assert FileArbiter(conf(export)).claim(PAIR, 1, "standby") is True
 
 
 def test_a_directory_that_is_a_file_decides_nothing(tmp_path: Path) -> None:
@@ -149,7 +166,7 @@ def test_a_file_system_that_fails_decides_nothing(
         arbiter.claim(PAIR, 1, "primary")
     monkeypatch.undo()
     assert arbiter.winner(PAIR, 1) is None
-    assert list(tmp_path.iterdir()) == []
+    assert {path.suffix for path in tmp_path.iterdir()} == {".challenge"}
 
 
 def test_a_link_that_worked_though_its_answer_was_lost_is_a_win(
@@ -178,7 +195,7 @@ def test_what_is_no_uuid_never_becomes_a_file(arbiter: Arbiter, tmp_path: Path, 
     ):
         with pytest.raises(ValueError, match="not a UUID"):
             ask()
-    assert list(tmp_path.iterdir()) == []
+    assert {path.suffix for path in tmp_path.iterdir()} == {".challenge"}
 
 
 # -- is it the same arbiter? ------------------------------------------------------------

@@ -119,6 +119,7 @@ def test_each_round_measures_each_variant_once_in_changing_order() -> None:
 
 def test_clients_take_turns_in_blocks() -> None:
     assert blocks(60, 25) == [25, 25, 10]
-    samples = {"library": [3.0], "direct": [2.0], "pipelined": [1.5]}
+    samples = {"library": [3.0], "direct": [2.0], "pipelined": [1.5], "stepwise": [3.3]}
     made = rows.qmp_row(samples, machine="pc")
     assert (made["ratio"], made["pipelined_ratio"], made["machine"]) == (1.5, 2.0, "pc")
+    assert made["product_ratio"] == 2.2

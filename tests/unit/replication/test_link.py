@@ -170,6 +170,16 @@ def test_a_stream_without_end_leaves_others_their_turn(ends: tuple[End, End]) ->
     assert primary.link.sent_bytes - before <= TURN_BYTES + SEND_BYTES
 
 
+def test_what_tls_has_decrypted_is_read_though_the_socket_is_empty(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nova_pmt.replication.link.TURN_BYTES", 200)
+    primary, standby = ends
+    primary.link.send(RawFrame(pack_json(Type.BYE, {}) * 100))  # one record of TLS
+    primary.link.flush()
+    turn_until(lambda: len(standby.frames) == 100, standby, timeout_s=5.0)
+
+
 # -- pauses -----------------------------------------------------------------------------
 
 
