@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ def header(benchmark: str, command: Sequence[str], qemu: str) -> dict[str, Any]:
         "cpu_model": _cpu_model(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def qemu_version() -> str:
+    """Version of the QEMU that the lab's guests run on."""
+    command = ["qemu-system-x86_64", "--version"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return text.split()[3].split("(")[0]
 
 
 def _version() -> str:

@@ -82,7 +82,39 @@ def _qmp(rows: list[dict[str, Any]]) -> str:
     return _table("QMP clients at stop + save devices + cont", head, body)
 
 
-_SECTIONS = {"pause": ("The pause", _pause), "qmp": ("The QMP client", _qmp)}
+def _link(rows: list[dict[str, Any]]) -> str:
+    head = ("link", "pause ms p50 / p99", "commit ms p50", "dirty pages", "cache peak / limit MiB")
+    head += ("throttled rounds", "rounds")
+    body = [
+        (
+            f"{row['mbit']} Mbit/s" if row["mbit"] else "full",
+            _pair(row["pause_ms"]),
+            f"{row['commit_ms']['p50']:.0f}",
+            f"{row['dirty_pages']:.0f}",
+            f"{row['cache_peak_mib']:.0f} / {row['cache_limit_mib']:.0f}",
+            str(row["throttled_rounds"]),
+            str(row["rounds"]),
+        )
+        for row in rows[:-1]
+    ]
+    last = rows[-1]
+    text = _table("Pause with the link limited", head, body)
+    return text + f"\nPause, limited against full: **{last['ratio']:.2f}** at p50.\n"
+
+
+def _failover(rows: list[dict[str, Any]]) -> str:
+    head = ("runs", "kill to running, ms p50 / p99", "kill to detected", "detected to running")
+    keys = ("failover_ms", "detection_ms", "activation_ms")
+    body = [(str(row["runs"]), *(_pair(row[key]) for key in keys)) for row in rows]
+    return _table("Failover", head, body)
+
+
+_SECTIONS = {
+    "failover": ("The failover", _failover),
+    "link": ("The link", _link),
+    "pause": ("The pause", _pause),
+    "qmp": ("The QMP client", _qmp),
+}
 
 
 def page(files: Sequence[Path]) -> str:

@@ -102,6 +102,34 @@ def pause_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def link_table(rows: list[dict[str, Any]]) -> Table:
+    """The result of ``nova-pmt-bench link``."""
+    table = Table(title="pause on the full and on a limited link: p50 / p99 in ms")
+    for name in ("link", "pause", "commit p50", "cache peak MiB", "throttled", "rounds"):
+        table.add_column(name, justify="right")
+    for row in rows[:-1]:
+        table.add_row(
+            f"{row['mbit']} Mbit/s" if row["mbit"] else "full",
+            _pair(row["pause_ms"]),
+            f"{row['commit_ms']['p50']:.0f}",
+            f"{row['cache_peak_mib']:.0f}",
+            str(row["throttled_rounds"]),
+            str(row["rounds"]),
+        )
+    table.add_row("limited / full", f"{rows[-1]['ratio']:.2f} / {rows[-1]['ratio_p99']:.2f}")
+    return table
+
+
+def failover_table(row: dict[str, Any]) -> Table:
+    """The result of ``nova-pmt-bench failover``."""
+    table = Table(title=f"failover, {row['runs']} runs: p50 / p99 in ms")
+    for name in ("kill to running", "kill to detected", "detected to running"):
+        table.add_column(name, justify="right")
+    keys = ("failover_ms", "detection_ms", "activation_ms")
+    table.add_row(*(_pair(row[key]) for key in keys))
+    return table
+
+
 def qmp_table(row: dict[str, Any]) -> Table:
     """The result of ``nova-pmt-bench qmp``."""
     table = Table(title="stop + save devices + cont: p50 / p99 in ms")

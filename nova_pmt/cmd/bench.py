@@ -127,6 +127,22 @@ def make_parser() -> argparse.ArgumentParser:
     qmp.add_argument("--memory", type=_at_least(64), default=128, help="guest size in MiB (128)")
     qmp.add_argument("--block", type=_at_least(1), default=25, help="rounds per block (25)")
     _common(qmp, rounds=200)
+    link = commands.add_parser(
+        "link",
+        help="the pause on a limited link against the full link",
+        description="Whole pairs with agents; phases on the full and the limited link alternate.",
+    )
+    link.add_argument("--mbit", type=_at_least(10), default=100, help="limit in Mbit/s (100)")
+    link.add_argument("--rounds", type=_at_least(3), default=40, help="rounds per phase (40)")
+    link.add_argument("--repeats", type=_at_least(1), default=2, help="phases of each (2)")
+    link.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
+    failover = commands.add_parser(
+        "failover",
+        help="from the kill of QEMU until the standby runs",
+        description="Whole pairs with agents; the guest is killed, back and forth.",
+    )
+    failover.add_argument("--runs", type=_at_least(1), default=10, help="(10)")
+    failover.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
     page = commands.add_parser(
         "page",
         help="the results page, from what the others wrote with --json",
@@ -193,6 +209,20 @@ def _run_pause(args: argparse.Namespace, progress: Report):  # type: ignore[no-u
     return report.pause_table(benchmark.rows), benchmark.rows, benchmark.qemu
 
 
+def _run_link(args: argparse.Namespace, progress: Report):  # type: ignore[no-untyped-def]
+    from nova_pmt.bench import link
+
+    rows = link.run(mbit=args.mbit, rounds=args.rounds, repeats=args.repeats, report=progress)
+    return report.link_table(rows), rows, environment.qemu_version()
+
+
+def _run_failover(args: argparse.Namespace, progress: Report):  # type: ignore[no-untyped-def]
+    from nova_pmt.bench import failover
+
+    rows = failover.run(runs=args.runs, report=progress)
+    return report.failover_table(rows[0]), rows, environment.qemu_version()
+
+
 def _run_qmp(args: argparse.Namespace, progress: Report):  # type: ignore[no-untyped-def]
     from nova_pmt.bench import qmp
 
@@ -207,7 +237,7 @@ def _run_qmp(args: argparse.Namespace, progress: Report):  # type: ignore[no-unt
     return report.qmp_table(row), [row], qemu
 
 
-_RUN = {"pause": _run_pause, "qmp": _run_qmp}
+_RUN = {"pause": _run_pause, "qmp": _run_qmp, "link": _run_link, "failover": _run_failover}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -134,7 +134,7 @@ class Demo:
             self.say(f"SIGKILL to QEMU on {one.name}")
             killed = time.monotonic()
             os.kill(guest.pid, signal.SIGKILL)
-            event = self._event(lab, two, planned=False)
+            event = deployment.takeover(lab, two, since=killed)
             survivor = guest.on(two)
             boot, verified = survivor.boot_id(), survivor.verify()
             time.sleep(AFTER_S)
@@ -177,9 +177,10 @@ class Demo:
         with Witness(one, guest.uuid) as witness:
             time.sleep(1.0)
             self.say(f"Planned switchover back to {one.name}: a final round, nothing lost")
+            ordered = time.monotonic()
             self._operate(lab, "failover", "demo", "--yes")
-            event = self._event(lab, one, planned=True)
-            final = self._event(lab, two, planned=True).get("final_round_ms")
+            event = deployment.takeover(lab, one, since=ordered)
+            final = deployment.takeover(lab, two, since=ordered).get("final_round_ms")
             home = guest.on(one)
             verified = home.verify()
             time.sleep(AFTER_S)
@@ -196,20 +197,6 @@ class Demo:
                 "memory_check": verified,
             }
         }
-
-    def _event(self, lab: Lab, host: LabHost, *, planned: bool) -> dict[str, Any]:
-        """What the agent of the host that took over says of it."""
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            for event in reversed(self._status(lab)["recent"]):
-                details = event.get("details") or {}
-                if (
-                    event["host"] == host.name
-                    and event["state"] == "standby_active"
-                    and details.get("planned") is planned
-                ):
-                    return dict(details)
-        raise LabError(f"{host.name} did not take over within 20 s")
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:

@@ -14,10 +14,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from nova_pmt.exception import LabError
 from nova_pmt.lab import libvirtd
@@ -111,6 +113,25 @@ def deploy(lab: Lab) -> None:
     for host in lab.computes:
         start_agent(host)
     wait_agents(lab)
+
+
+def takeover(lab: Lab, host: LabHost, *, since: float, timeout: float = 20.0) -> dict[str, Any]:
+    """What the agent of a host says of a takeover.
+
+    :param since: CLOCK_MONOTONIC in seconds; older takeovers do not count.
+    :raises LabError: there was none in time.
+    """
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        for event in reversed(json.loads(operate(lab, "status", "-f", "json").stdout)["recent"]):
+            details = event.get("details") or {}
+            if (
+                event["host"] == host.name
+                and event["state"] == "standby_active"
+                and details.get("running_at", 0.0) > since
+            ):
+                return dict(details)
+    raise LabError(f"{host.name} knows of no takeover after {timeout:.0f} s")
 
 
 def operate(
