@@ -141,6 +141,9 @@ class Worker:
 
     def close(self) -> None:
         """Hang up, which ends it in an orderly way; then make sure."""
+        # close() alone would not: the listening thread's recv() keeps the socket open.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
         try:
             self._process.wait(5)

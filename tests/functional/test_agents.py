@@ -115,14 +115,13 @@ def test_a_restarted_agent_finds_its_guests_and_synchronises_them_again(
     number = guest.boot_id()
     deployment.operate(agents, "protect", guest.name, "--standby", two.name)
     generation = eventually(lambda: primary_view(agents, guest, "protected"))["generation"]
-    for stop in ("kill", "stop"):  # a crash, and an orderly restart
-        for host in (one, two):
-            getattr(host.processes["nova-pmt-agent"], stop)()
-            deployment.start_agent(host)
-            deployment.wait_agents(agents)
-            found = protected_after(agents, guest, generation)
-            generation = found["generation"]
-            assert found["primary_host"] == one.name
+    for stop, host in (("kill", one), ("stop", two)):  # a crash, and an orderly restart
+        getattr(host.processes["nova-pmt-agent"], stop)()
+        deployment.start_agent(host)
+        deployment.wait_agents(agents)
+        found = protected_after(agents, guest, generation)
+        generation = found["generation"]
+        assert found["primary_host"] == one.name
     assert guest.boot_id() == number
     assert guest.verify().startswith("ok")
     deployment.operate(agents, "unprotect", guest.name)
@@ -170,24 +169,18 @@ def test_a_worker_that_dies_after_it_won_does_not_lose_the_guest(
     assert guest.name in two.guests()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        (("protect", "no-such-domain", "--standby", "compute2"), "UNKNOWN_DOMAIN"),
-        (("protect", "{guest}", "--standby", "compute1"), "SAME_HOST"),
-        (("unprotect", "{guest}"), "NOT_PROTECTED"),
-        (("protect", "{guest}", "--standby", "compute7"), "HOST_UNREACHABLE"),
-    ],
-)
-def test_bad_input_is_refused_with_a_cure(
-    agents: Lab, one: LabHost, boot: Boot, arguments: tuple[str, ...], code: str
-) -> None:
+def test_bad_input_is_refused_with_a_cure(agents: Lab, one: LabHost, boot: Boot) -> None:
     guest = boot(one)
-    words = [word.format(guest=guest.name) for word in arguments]
-    result = deployment.operate(agents, *words, check=False)
-    assert result.returncode in (3, 4)
-    assert f"error {code}" in result.stderr
-    assert "cure:" in result.stderr
+    for words, code in (
+        (("protect", "no-such-domain", "--standby", "compute2"), "UNKNOWN_DOMAIN"),
+        (("protect", guest.name, "--standby", "compute1"), "SAME_HOST"),
+        (("unprotect", guest.name), "NOT_PROTECTED"),
+        (("protect", guest.name, "--standby", "compute7"), "HOST_UNREACHABLE"),
+    ):
+        result = deployment.operate(agents, *words, check=False)
+        assert result.returncode in (3, 4)
+        assert f"error {code}" in result.stderr
+        assert "cure:" in result.stderr
     assert not status(agents, guest)
 
 

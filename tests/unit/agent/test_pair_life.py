@@ -42,6 +42,7 @@ def test_generations_grow_with_the_time_so_that_they_grow_across_hosts(rig: Rig)
 
 def test_a_generation_that_was_decided_before_is_never_used_again(rig: Rig) -> None:
     now = int(time.time())
+    rig.arbiter.challenge(UUID)
     for generation in range(now, now + 5):
         rig.arbiter.claim(UUID, generation, "standby")
     rig.protect()
