@@ -44,7 +44,6 @@ from nova_pmt.arbiter.load import load as load_arbiter
 from nova_pmt.checkpoint.cache import SLAB_BYTES, SlabCache
 from nova_pmt.checkpoint.loop import Loop
 from nova_pmt.checkpoint.round import Checkpointer
-from nova_pmt.checkpoint.statistics import RoundRecord
 from nova_pmt.checkpoint.strategies.base import Strategy, StrategyOptions
 from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest import layout as guest_layout
@@ -59,6 +58,7 @@ from nova_pmt.replication.link import Buffers, Link, RawFrame, read_frame
 from nova_pmt.replication.protocol import Header, Type
 from nova_pmt.replication.sender import Sender
 from nova_pmt.worker import io, pausing
+from nova_pmt.worker.side import Side
 
 LOG = log.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class _Switchover(Exception):
     """Somebody wants the standby to go on."""
 
 
-class Primary:
+class Primary(Side):
     """See the module's text.
 
     :param agent: socket to the agent.
@@ -112,7 +112,7 @@ class Primary:
         self._may_activate = False
         self._progress_at = 0.0
         self._last_commit = time.monotonic()
-        self._rate = (time.monotonic(), 0, 0.0)
+        self._rate_from = (time.monotonic(), 0)
 
     # -- frames from the standby (I/O thread) -------------------------------------------
 
@@ -211,8 +211,8 @@ class Primary:
         if checkpointer is None or loop is None or link is None:
             return
         now, sent = time.monotonic(), link.sent_bytes
-        then, before, _ = self._rate
-        self._rate = (now, sent, (sent - before) / max(now - then, 1e-3))
+        then, before = self._rate_from
+        self._rate_from = (now, sent)
         cache, stats = checkpointer.cache, checkpointer.statistics.summary()
         mib = SLAB_BYTES / MIB
         self.agent.tell(
@@ -223,7 +223,7 @@ class Primary:
             strategy=self._spec.strategy,
             interval_ms=round(loop.strategy.interval_s * 1e3, 3),
             throttled=checkpointer.throttled,
-            bytes_per_s=round(self._rate[2]),
+            bytes_per_s=round((sent - before) / max(now - then, 1e-3)),
             sent_bytes=sent,
             cache={
                 "used_mib": cache.used_slabs * mib,
@@ -259,17 +259,6 @@ class Primary:
             self._ended.set()
             thread.join(2.0)
         return 0
-
-    def _end_with_error(self, error: exception.PmtError) -> None:
-        LOG.error("%s: %s", self._pair.uuid, error)
-        self.agent.tell("error", error=error.to_dict())
-        self._state("error", error.message)
-
-    def _state(self, state: str, reason: str, **details: Any) -> None:
-        LOG.info(
-            "%s: generation %d is %s: %s", self._pair.uuid, self._pair.generation, state, reason
-        )
-        self.agent.tell("state", state=state, reason=reason, details=details)
 
     def _connect(self) -> socket.socket:
         peer = self._pair.standby_host
@@ -331,7 +320,6 @@ class Primary:
         faultpoint.reach("sync.prelude")
         tracker.attach()
         self._tracker = tracker
-        self._stack = stack
         faultpoint.reach("sync.attached")
         memory = TrackedMemory(layout, self._pid, tracker)
         stack.callback(memory.close)
@@ -348,7 +336,7 @@ class Primary:
             )
         )
         self._checkpointer = Checkpointer(
-            memory, self._execution, Sender(self._link), cache, on_round=self._on_round(strategy)
+            memory, self._execution, Sender(self._link), cache, on_round=strategy.observe
         )
         for handler in self._pending:  # what came before there was someone to post it to
             self._checkpointer.post(handler)
@@ -364,9 +352,6 @@ class Primary:
             stack.callback(io.watch_hangup(self._selector, monitor.fileno(), self._on_qemu_end))
         self._link.go_on()  # wakes the I/O thread
         self._rounds()
-
-    def _on_round(self, strategy: Strategy) -> Callable[[RoundRecord], None]:
-        return strategy.observe
 
     def _progress(self, done: int, total: int) -> None:
         now = time.monotonic()

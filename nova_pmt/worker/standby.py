@@ -43,6 +43,7 @@ from nova_pmt.standby import activation, domainxml
 from nova_pmt.standby.image import StandbyImage
 from nova_pmt.standby.settle import settle
 from nova_pmt.worker import io
+from nova_pmt.worker.side import Side
 
 LOG = log.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class _GoOn(Exception):
         self.certain = certain
 
 
-class Standby:
+class Standby(Side):
     """See the module's text."""
 
     def __init__(self, conf: Any, spec: StandbySpec, agent: socket.socket, lines: Lines) -> None:
@@ -82,7 +83,6 @@ class Standby:
         self._receiver: Receiver | None = None
         self._head = b""
         self._protected = False
-        self._since = 0.0
 
     # -- frames from the primary --------------------------------------------------------
 
@@ -148,12 +148,6 @@ class Standby:
                 self._link.flush()
         raise _Cancelled("nova-pmt-agent has ended")
 
-    def _state(self, state: str, reason: str, **details: Any) -> None:
-        LOG.info(
-            "%s: generation %d is %s: %s", self._pair.uuid, self._pair.generation, state, reason
-        )
-        self.agent.tell("state", state=state, reason=reason, details=details)
-
     # -- life ---------------------------------------------------------------------------
 
     def run(self) -> int:
@@ -185,11 +179,6 @@ class Standby:
                     else exception.GuestError(f"{type(error).__name__}: {error}")
                 )
         return 0
-
-    def _end_with_error(self, error: exception.PmtError) -> None:
-        LOG.error("%s: %s", self._pair.uuid, error)
-        self.agent.tell("error", error=error.to_dict())
-        self._state("error", error.message)
 
     def _refuse(self, error: exception.PmtError) -> None:
         """Tell the primary what was wrong, and end; it claims and goes on alone."""
