@@ -109,9 +109,17 @@ class Witness:
             highest = max(highest, sample.counter)
         return lost
 
-    def first_after(self, at: float) -> Sample | None:
-        """The first change of the counter after a moment."""
-        return next((sample for sample in self.samples if sample.at > at), None)
+    def first_after(self, at: float, timeout_s: float = 10.0) -> Sample | None:
+        """The first change of the counter after a moment; waited for, since a guest that was
+        just resumed may be slow to count, and so may we be to look."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for sample in list(self.samples):
+                if sample.at > at:
+                    return sample
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(EVERY_S)
 
     def last_before(self, at: float) -> Sample | None:
         """The counter at a moment."""
