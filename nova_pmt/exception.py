@@ -167,7 +167,38 @@ class UnsupportedMemory(Refusal):
 
 class DiskNotReplicated(Refusal):
     code = "DISK_NOT_REPLICATED"
-    cure = "Only read-only disks can be protected in this release."
+    cure = "Use BIOS instead of UEFI variables in a file, or leave the server unprotected."
+
+
+class UnsupportedDisk(Refusal):
+    code = "UNSUPPORTED_DISK"
+    cure = "Put the disk on a qcow2 or raw file on the host's own file system, or detach it."
+
+
+class SharedStorage(Refusal):
+    code = "SHARED_STORAGE"
+    cure = (
+        "Only disks on the host's own file system can be protected in this release; move the "
+        "server to local disks, or leave it unprotected."
+    )
+
+
+class ImageExists(Refusal):
+    code = "IMAGE_EXISTS"
+    cure = "Move the file away, or choose another standby host; nova_pmt overwrites no stranger's."
+
+
+class TooLittleDisk(Refusal):
+    code = "TOO_LITTLE_DISK"
+    cure = "Choose a standby host with more free space, or free some in the image's directory."
+
+
+class NoEgressBuffer(Refusal):
+    code = "NO_EGRESS_BUFFER"
+    cure = (
+        "Turn vhost off for the interface (<driver name='qemu'/>), or load the kernel modules "
+        "sch_plug, ifb and act_mirred on the host."
+    )
 
 
 class ArbiterUnavailable(PmtError):
@@ -228,6 +259,21 @@ class InjectionRefused(GuestError):
         "The agent must run as root and QEMU must not be traced by a debugger; "
         "'nova-pmt check' tells more."
     )
+
+
+class DiskLogError(GuestError):
+    code = "DISK_LOG_FAILED"
+    cure = "Check the space in [disk] log_directory; protection resumes by itself."
+
+
+class DevicesChanged(GuestError):
+    code = "DEVICES_CHANGED"
+    cure = "Nothing: the server is protected again, with its new devices, as soon as that can be."
+
+
+class DiskImageError(PeerError):
+    code = "DISK_IMAGE_FAILED"
+    cure = "Check space and health of the file system of the standby's images."
 
 
 class VmstateError(GuestError):

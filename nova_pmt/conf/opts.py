@@ -19,14 +19,16 @@ from typing import Any
 
 from oslo_config import cfg
 
-from nova_pmt.conf import agent, arbiter, checkpoint, client, guest, replication
+from nova_pmt.conf import agent, arbiter, checkpoint, client, disk, guest, network, replication
 
 _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
     (agent.GROUP, agent.OPTS),
     (arbiter.GROUP, arbiter.OPTS),
     (checkpoint.GROUP, checkpoint.OPTS),
     (client.GROUP, client.OPTS),
+    (disk.GROUP, disk.OPTS),
     (guest.GROUP, guest.OPTS),
+    (network.GROUP, network.OPTS),
     (replication.GROUP, replication.OPTS),
     (replication.TLS_GROUP, replication.TLS_OPTS),
 ]

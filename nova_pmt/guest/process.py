@@ -105,9 +105,7 @@ def has_ended(pid: int, started: int) -> bool:
     except OSError:
         return True
     return (
-        int(fields[19]) != started
-        or fields[0] in (b"Z", b"X")
-        or bool(int(fields[6]) & PF_EXITING)
+        int(fields[19]) != started or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & PF_EXITING)
     )
 
 
