@@ -29,6 +29,7 @@ Worker to agent::
     {"event": "ready", ...}             standby: waits for its primary; has ``port``
     {"event": "state", "state": S, "reason": TEXT, "details": {...}}
     {"event": "progress", "done_pages": n, "total_pages": n, "sent_bytes": n}   first sync
+    {"event": "progress", "done_bytes": n, "total_bytes": n, "sent_bytes": n}   its disks, before
     {"event": "stats", ...}             about twice a second: see nova_pmt.checkpoint.statistics
     {"event": "error", "error": {code, message, cure, details}}
 
@@ -111,11 +112,13 @@ class StandbySpec:
 
     :param domain_xml: the primary's migratable XML.
     :param layout: the primary's tracked blocks (:class:`nova_pmt.guest.layout.Layout`).
+    :param disks: the primary's disks (:class:`nova_pmt.guest.disk.spec.DiskSpec`).
     """
 
     pair: Pair
     domain_xml: str
     layout: list[dict[str, Any]]
+    disks: list[dict[str, Any]] = field(default_factory=list)
     role: str = "standby"
 
 

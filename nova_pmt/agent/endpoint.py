@@ -74,9 +74,14 @@ class Endpoint:
 
     @enveloped
     def check_standby(
-        self, uuid: str, memory_bytes: int, arbiter_token: str, primary_host: str
+        self,
+        uuid: str,
+        memory_bytes: int,
+        arbiter_token: str,
+        primary_host: str,
+        disks: list[dict[str, Any]] | None = None,
     ) -> Any:
-        return self._service.check_standby(uuid, memory_bytes, arbiter_token, primary_host)
+        return self._service.check_standby(uuid, memory_bytes, arbiter_token, primary_host, disks)
 
     @enveloped
     def protect(
@@ -90,9 +95,13 @@ class Endpoint:
 
     @enveloped
     def prepare_standby(
-        self, pair: dict[str, Any], domain_xml: str, layout: list[dict[str, Any]]
+        self,
+        pair: dict[str, Any],
+        domain_xml: str,
+        layout: list[dict[str, Any]],
+        disks: list[dict[str, Any]] | None = None,
     ) -> Any:
-        return self._service.prepare_standby(pair, domain_xml, layout)
+        return self._service.prepare_standby(pair, domain_xml, layout, disks)
 
     @enveloped
     def release_standby(self, uuid: str, generation: int) -> Any:

@@ -66,6 +66,7 @@ class Beginner:
                 pair=asdict(pair),
                 domain_xml=description.domain_xml,
                 layout=description.layout,
+                disks=description.disks,
             )
             record = entry.record
             spec = PrimarySpec(

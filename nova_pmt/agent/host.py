@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nova_pmt.exception import Refusal
@@ -40,11 +40,13 @@ class GuestDescription:
     :param domain_xml: the migratable XML.
     :param layout: the tracked memory blocks (:class:`nova_pmt.guest.layout.Layout`).
     :param memory_bytes: what the standby's host must have free.
+    :param disks: what is replicated (:class:`nova_pmt.guest.disk.spec.DiskSpec`).
     """
 
     domain_xml: str
     layout: list[dict[str, Any]]
     memory_bytes: int
+    disks: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Host(Protocol):
@@ -68,14 +70,17 @@ class Host(Protocol):
         :raises nova_pmt.exception.Refusal: the domain cannot be protected.
         """
 
-    def check_standby(self, uuid: str, memory_bytes: int) -> list[Refusal]:
-        """Why this host cannot hold a standby of that size (all reasons)."""
+    def check_standby(
+        self, uuid: str, memory_bytes: int, disks: list[dict[str, Any]]
+    ) -> list[Refusal]:
+        """Why this host cannot hold a standby of that size, with these disks (all reasons)."""
 
     def is_running(self, uuid: str) -> bool:
         """Whether the guest is active here and not a standby of ours that waits."""
 
     def recover(self, uuid: str) -> None:
-        """Undo what a dead primary worker left: above all, let a guest go on that it had paused.
+        """Undo what a dead primary worker left: let a guest go on that it had paused, with its
+        network open and its disks no longer logged.
 
         Called only after the primary won the pair. Idempotent.
         """

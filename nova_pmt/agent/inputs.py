@@ -22,6 +22,7 @@ import re
 from typing import Any
 
 from nova_pmt.exception import InvalidInput
+from nova_pmt.guest.disk.spec import DiskSpec
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
@@ -32,6 +33,7 @@ _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,255}")
 
 MAX_XML_BYTES = 1 << 20
 MAX_BLOCKS = 4096
+MAX_DISKS = 128
 MAX_MEMORY_BYTES = 1 << 48
 MAX_GENERATION = 1 << 53
 
@@ -142,3 +144,18 @@ def layout(value: Any) -> list[dict[str, Any]]:
     ):
         raise InvalidInput(f"layout must be a list of 1 to {MAX_BLOCKS} blocks")
     return value
+
+
+def disks(value: Any) -> list[dict[str, Any]]:
+    """Disks of a guest; None means none."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or len(value) > MAX_DISKS:
+        raise InvalidInput(f"disks must be a list of at most {MAX_DISKS}")
+    try:
+        specs = [DiskSpec.from_dict(disk) for disk in value]
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"disks: {error}") from error
+    if len({disk.name for disk in specs}) + len({disk.path for disk in specs}) < 2 * len(specs):
+        raise InvalidInput("disks: a name or path appears twice")
+    return [disk.to_dict() for disk in specs]

@@ -26,12 +26,17 @@ from nova_pmt.agent.host import DomainInfo, GuestDescription
 from nova_pmt.exception import Refusal
 from nova_pmt.guest import checks, layout, prelude
 from nova_pmt.guest import domain as guest_domain
+from nova_pmt.guest.disk import discover
+from nova_pmt.guest.disk.leftover import recover_logs
+from nova_pmt.guest.disk.spec import DiskSpec
 from nova_pmt.guest.domain import Domain
 from nova_pmt.guest.execution import SAVE
 from nova_pmt.guest.monitor import Monitor
+from nova_pmt.guest.network import choose
 from nova_pmt.guest.tracker import MemoryTracker
 from nova_pmt.plugins import load_class
 from nova_pmt.standby import domainxml
+from nova_pmt.standby.images import standby_disks
 from nova_pmt.standby.settle import settle
 
 LOG = log.getLogger(__name__)
@@ -95,7 +100,7 @@ class LibvirtHost:
         if not self._info(domain).running:
             return [exception.NotRunning(f"domain {domain.name} is not running")], []
         xml = domain.xml()
-        refusals = checks.refusals(xml)
+        refusals = [*checks.refusals(xml), *checks.disk_problems(xml)]
         for problem in self._tracker_problems(), self._qemu_problems(domain):
             refusals += problem
         return refusals, checks.warnings(xml)
@@ -115,6 +120,9 @@ class LibvirtHost:
             names = {entry["name"] for entry in monitor.execute("query-commands")}
             if SAVE not in names:
                 found.append(exception.UnsupportedQemu(f"QEMU has no command '{SAVE}'"))
+            nics = choose.nics(domain.xml(), domain.pid())
+            found += choose.problems(self._conf.network.egress_buffer, nics, monitor)
+            found += discover.problems(monitor)
             for check in (lambda: prelude.check(monitor), lambda: layout.discover(monitor)):
                 try:
                     check()
@@ -129,30 +137,51 @@ class LibvirtHost:
             raise exception.NotRunning(f"domain {domain.name} is not running")
         with self._monitor(domain) as monitor:
             blocks = layout.discover(monitor)
+            disks = discover.disks(domain.xml(), monitor)
         xml = domainxml.with_mark(
             domain.xml(libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_SECURE),
             domainxml.Mark(0, "", domain.persistent),
         )
         return GuestDescription(
-            xml, [block.to_dict() for block in blocks.blocks], blocks.memory_bytes
+            xml,
+            [block.to_dict() for block in blocks.blocks],
+            blocks.memory_bytes,
+            [disk.spec.to_dict() for disk in disks],
         )
 
-    def check_standby(self, uuid: str, memory_bytes: int) -> list[Refusal]:
+    def check_standby(
+        self, uuid: str, memory_bytes: int, disks: list[dict[str, Any]]
+    ) -> list[Refusal]:
         """See the interface."""
         found = checks.standby_memory(
             self._conf.guest.memory_backing_dir, memory_bytes + STANDBY_OVERHEAD_BYTES
         )
+        specs = [DiskSpec.from_dict(disk) for disk in disks]
+        if specs:
+            found += standby_disks(self._conf, uuid, specs).check()
         found += self._tracker_problems()  # it must be able to protect the guest after a failover
         return found
 
     def recover(self, uuid: str) -> None:
         """See the interface."""
         domain = self._find(uuid)
+        self._recover_output(domain)
         state, reason = domain.handle.state()
         # libvirt saw a STOP that nobody asked it for; an operator's pause has reason USER.
         if state == libvirt.VIR_DOMAIN_PAUSED and reason != libvirt.VIR_DOMAIN_PAUSED_USER:
             LOG.warning("%s: its worker died in a pause; letting it run", uuid)
             domain.resume()
+
+    def _recover_output(self, domain: Domain) -> None:
+        """Open the network of a guest whose worker died, and end the logs of its disks.
+
+        Each by itself: a disk that cannot be helped must not keep the network closed.
+        """
+        pid = domain.pid()
+        xml = domain.xml()
+        with self._monitor(domain) as monitor:
+            choose.recover(choose.nics(xml, pid), monitor)
+            recover_logs(self._conf, domain.uuid, xml, pid, monitor)
 
     def finish_takeover(self, uuid: str) -> bool:
         """See the interface."""

@@ -94,5 +94,6 @@ class Prechecks:
             memory_bytes=description.memory_bytes,
             arbiter_token=parts.arbiter.challenge(uuid),
             primary_host=parts.name,
+            disks=description.disks,
         )
         found.refusals.extend(exception.from_dict(answer) for answer in answers)

@@ -66,7 +66,14 @@ class AgentAPI:
         )
 
     def check_standby(
-        self, host: str, *, uuid: str, memory_bytes: int, arbiter_token: str, primary_host: str
+        self,
+        host: str,
+        *,
+        uuid: str,
+        memory_bytes: int,
+        arbiter_token: str,
+        primary_host: str,
+        disks: list[dict[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
         """Why the host cannot hold this standby: error dictionaries."""
         return self._look(
@@ -76,6 +83,7 @@ class AgentAPI:
             memory_bytes=memory_bytes,
             arbiter_token=arbiter_token,
             primary_host=primary_host,
+            disks=disks or [],
         )
 
     def protect(
@@ -97,10 +105,23 @@ class AgentAPI:
         )
 
     def prepare_standby(
-        self, host: str, *, pair: dict[str, Any], domain_xml: str, layout: list[dict[str, Any]]
+        self,
+        host: str,
+        *,
+        pair: dict[str, Any],
+        domain_xml: str,
+        layout: list[dict[str, Any]],
+        disks: list[dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """Start a standby; returns the ``address`` and ``port`` where it waits for its primary."""
-        return self._work(host, "prepare_standby", pair=pair, domain_xml=domain_xml, layout=layout)
+        return self._work(
+            host,
+            "prepare_standby",
+            pair=pair,
+            domain_xml=domain_xml,
+            layout=layout,
+            disks=disks or [],
+        )
 
     def release_standby(self, host: str, *, uuid: str, generation: int) -> dict[str, Any]:
         """End a standby of that generation or an older one; ``gone`` tells that there is none."""

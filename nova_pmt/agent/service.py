@@ -87,7 +87,12 @@ class AgentService:
         }
 
     def check_standby(
-        self, uuid: str, memory_bytes: int, arbiter_token: str, primary_host: str
+        self,
+        uuid: str,
+        memory_bytes: int,
+        arbiter_token: str,
+        primary_host: str,
+        disks: list[dict[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
         """Why this host cannot hold that standby."""
         found = self._standbys.check(
@@ -95,6 +100,7 @@ class AgentService:
             inputs.memory_bytes(memory_bytes),
             inputs.token(arbiter_token),
             inputs.host(primary_host),
+            inputs.disks(disks),
         )
         return [error.to_dict() for error in found]
 
@@ -113,11 +119,18 @@ class AgentService:
         return self._primaries.protect(info, other, plan, wishes).view(self._parts.name)
 
     def prepare_standby(
-        self, pair: dict[str, Any], domain_xml: str, layout: list[dict[str, Any]]
+        self,
+        pair: dict[str, Any],
+        domain_xml: str,
+        layout: list[dict[str, Any]],
+        disks: list[dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """Start a standby; ``address`` and ``port`` where it listens."""
         return self._standbys.prepare(
-            _pair(pair, self._parts.name), inputs.domain_xml(domain_xml), inputs.layout(layout)
+            _pair(pair, self._parts.name),
+            inputs.domain_xml(domain_xml),
+            inputs.layout(layout),
+            inputs.disks(disks),
         )
 
     def release_standby(self, uuid: str, generation: int) -> dict[str, Any]:

@@ -40,7 +40,12 @@ class Standbys:
         self._parts = parts
 
     def check(
-        self, uuid: str, memory_bytes: int, arbiter_token: str, primary_host: str
+        self,
+        uuid: str,
+        memory_bytes: int,
+        arbiter_token: str,
+        primary_host: str,
+        disks: list[dict[str, Any]],
     ) -> list[exception.PmtError]:
         """Why this host cannot hold that standby now; changes nothing."""
         parts = self._parts
@@ -51,7 +56,9 @@ class Standbys:
             if parts.host.is_running(uuid):
                 return [self._duplicate(uuid)]
             # A standby that is replaced gives its memory back first; the check is on the safe side.
-            found: list[exception.PmtError] = list(parts.host.check_standby(uuid, memory_bytes))
+            found: list[exception.PmtError] = list(
+                parts.host.check_standby(uuid, memory_bytes, disks)
+            )
             if not parts.arbiter.answer(uuid, arbiter_token):
                 found.append(
                     exception.ArbiterUnavailable(
@@ -63,7 +70,13 @@ class Standbys:
         except exception.PmtError as error:
             return [error]
 
-    def prepare(self, pair: Pair, domain_xml: str, layout: list[dict[str, Any]]) -> dict[str, Any]:
+    def prepare(
+        self,
+        pair: Pair,
+        domain_xml: str,
+        layout: list[dict[str, Any]],
+        disks: list[dict[str, Any]],
+    ) -> dict[str, Any]:
         """Start a standby and wait until it listens.
 
         :returns: ``address`` and ``port``.
@@ -85,7 +98,7 @@ class Standbys:
         entry = parts.pairs.add(Record("standby", pair))
         try:
             worker = parts.supervisor.start(
-                StandbySpec(pair, domain_xml, layout), entry.on_event, entry.on_exit
+                StandbySpec(pair, domain_xml, layout, disks), entry.on_event, entry.on_exit
             )
         except exception.PmtError as error:
             parts.pairs.drop(entry, "cancelled", error.message)

@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -55,6 +55,9 @@ class GuestExecution(Protocol):
     def saved(self) -> None:
         """Wait until the devices are saved."""
 
+    def hold(self) -> None:
+        """Stop the guest, and save nothing; :meth:`resume` lets it run on."""
+
     def resume(self) -> None:
         """Let the guest run on, in whatever state the calls before were left."""
 
@@ -71,8 +74,43 @@ class OutputBuffer(Protocol):
     def cut(self, epoch: int) -> None:
         """End of the epoch's output: called in the pause; must not block or allocate."""
 
-    def release(self, epoch: int) -> None:
-        """Checkpoint ``epoch`` is committed: let out what was held up to its cut."""
+    def release(self, epoch: int) -> float | None:
+        """Checkpoint ``epoch`` is committed: let out what was held up to its cut.
+
+        :returns: seconds for which the oldest of it was held; None when there was none.
+        """
+
+    @property
+    def pressure(self) -> float:
+        """How full it is, 0 to 1."""
+
+    @property
+    def broken(self) -> str:
+        """Why it cannot go on; empty while it can."""
+
+
+class WriteLog(OutputBuffer, Protocol):
+    """The log of a disk's writes: output that goes to the standby with its checkpoint.
+
+    Before checkpoint 1 it may be cut, read and released under one and the same number, 0.
+    """
+
+    def segments(self, epoch: int) -> Iterator[memoryview]:
+        """The log between the cut before and the epoch's, in parts. Not called in a pause.
+
+        A part stays valid until it was sent.
+        """
+
+
+class DiskSource(Protocol):
+    """The disks of a guest that runs, for their first copy."""
+
+    @property
+    def total_bytes(self) -> int:
+        """What :meth:`blocks` will bring, as far as known."""
+
+    def blocks(self) -> Iterator[tuple[int, int, memoryview]]:
+        """Disk, offset and data of one block after the other, each read when it is asked for."""
 
 
 class CheckpointSink(Protocol):
@@ -87,6 +125,16 @@ class CheckpointSink(Protocol):
         :param data: (n, 4096) contents, C-contiguous; not to be changed until sent.
         :param sent: called, from any thread, when both may be reused.
         """
+
+    def send_log(
+        self, epoch: int, disk: int, part: memoryview, sent: Callable[[], None] | None
+    ) -> None:
+        """Send a part of a disk's write log; parts of a disk are put together in order."""
+
+    def send_block(
+        self, disk: int, offset: int, data: memoryview, sent: Callable[[], None] | None
+    ) -> None:
+        """Send a block of a disk's first copy, before checkpoint 1."""
 
     def send_commit(self, epoch: int, device_state: bytes) -> None:
         """Checkpoint ``epoch`` is complete; the standby may commit it."""

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nova_pmt import exception, faultpoint
-from nova_pmt.checkpoint.interfaces import GuestExecution
+from nova_pmt.checkpoint.interfaces import GuestExecution, OutputBuffer
 from nova_pmt.checkpoint.round import Checkpointer
 from nova_pmt.checkpoint.strategies.base import Strategy
 
@@ -27,6 +27,10 @@ from nova_pmt.checkpoint.strategies.base import Strategy
 PAUSED_POLL_S = 0.1
 #: Young objects are collected this often, between rounds; never by chance in a pause.
 COLLECT_EVERY = 64
+#: How often, in seconds, held output is looked at; full to this degree it ends the wait for the
+#: next round, and to that degree it stops the guest until a commit has made room.
+PRESSURE_POLL_S = 0.01
+EARLY_PRESSURE, STOP_PRESSURE = 0.5, 0.9
 #: Passes of a planned switchover end when one finds no more than this.
 SWITCHOVER_GOAL_PAGES = 256
 SWITCHOVER_MAX_PASSES = 8
@@ -61,9 +65,19 @@ class Loop:
         """Let :meth:`run` return after the round under way. Own thread (posted)."""
         self._ending = True
 
-    def synchronise(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """First synchronisation and checkpoint 1; returns when it is committed."""
+    def synchronise(
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        arm: Callable[[], Sequence[OutputBuffer]] | None = None,
+    ) -> None:
+        """First synchronisation and checkpoint 1; returns when it is committed.
+
+        :param arm: called just before checkpoint 1: holds network output from then on.
+        """
         self.checkpointer.synchronise(progress)
+        if arm is not None:
+            self.checkpointer.arm(arm())
+            faultpoint.reach("sync.armed")
         self._round()
         while not self.checkpointer.committed:
             self.checkpointer.pump(1.0)
@@ -81,21 +95,38 @@ class Loop:
                 last = self._round()
 
     def _wait_until(self, due: float) -> None:
+        checkpointer = self.checkpointer
         while not self._ending and (left := due - self._clock()) > 0:
-            self.checkpointer.pump(left)
+            if checkpointer.has_outputs:
+                if checkpointer.pressure() >= EARLY_PRESSURE:
+                    break
+                left = min(left, PRESSURE_POLL_S)
+            checkpointer.pump(left)
         self._hold_back()
 
     def _hold_back(self) -> None:
         """``throttle``: too much is in flight, or the cache is at its limit."""
         checkpointer = self.checkpointer
         checkpointer.pump()
-        held = False
-        while not self._ending and (
-            checkpointer.in_flight >= self._depth or not checkpointer.has_room()
-        ):
-            held = True
-            checkpointer.throttled = True
-            checkpointer.pump(1.0)
+        held = stopped = False
+        try:
+            while not self._ending and (
+                checkpointer.in_flight >= self._depth or not checkpointer.has_room()
+            ):
+                held = True
+                checkpointer.throttled = True
+                if not checkpointer.has_outputs:
+                    checkpointer.pump(1.0)
+                    continue
+                if checkpointer.pressure() >= STOP_PRESSURE and not stopped:
+                    # Its disks outrun the link: the guest has to wait for it.
+                    stopped = self._execution.running()
+                    if stopped:
+                        self._execution.hold()
+                checkpointer.pump(PRESSURE_POLL_S)
+        finally:
+            if stopped:
+                self._execution.resume()
         if held:
             checkpointer.statistics.throttled_rounds += 1
         else:
@@ -105,6 +136,7 @@ class Loop:
         """False while the guest's operator has paused it: our ``cont`` would undo that."""
         running = self._execution.running()
         if not running:
+            self.checkpointer.pressure()  # it may be a log of ours that failed
             self.checkpointer.pump(PAUSED_POLL_S)
         self.guest_running = running
         return running

@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,11 +36,13 @@ from nova_pmt.checkpoint.cache import SLAB_PAGES, SlabCache
 from nova_pmt.checkpoint.epoch import EpochPages, PageTable
 from nova_pmt.checkpoint.interfaces import (
     CheckpointSink,
+    DiskSource,
     GuestExecution,
     GuestMemory,
     OutputBuffer,
     PageNumbers,
     Pages,
+    WriteLog,
 )
 from nova_pmt.checkpoint.statistics import RoundRecord, Statistics
 
@@ -52,6 +54,12 @@ GROW_STEP_SLABS = 16
 PAUSE_RESERVE_SLABS = 2
 #: A pause that found too little cache lets the guest run on this often before it insists.
 MAX_DEFERRALS = 3
+#: Bytes of disk blocks and logs that wait to be sent before more is read.
+DISK_WINDOW_BYTES = 32 << 20
+#: How full logs may be before the first synchronisation sends what they have.
+SYNC_LOG_PRESSURE = 0.2
+#: Number under which logs are cut in the first synchronisation.
+SYNC_EPOCH = 0
 #: The first synchronisation ends when a pass finds no more than this, or does not get better.
 SYNC_GOAL_PAGES = 1024
 SYNC_MAX_PASSES = 30
@@ -81,13 +89,14 @@ class InFlight:
     pause_pages: int
     times: Times
     device_bytes: int
+    log_bytes: int = 0
 
 
 class Checkpointer:
     """The primary's side of one pair.
 
     :param cache: holds checkpoints until they are committed.
-    :param outputs: what is held until commit.
+    :param logs: write logs by number of the disk.
     :param on_round: called with each committed round.
     :param clock: seconds; ``time.perf_counter`` or a test's.
     """
@@ -99,7 +108,7 @@ class Checkpointer:
         sink: CheckpointSink,
         cache: SlabCache,
         *,
-        outputs: Sequence[OutputBuffer] = (),
+        logs: Mapping[int, WriteLog] | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -107,7 +116,10 @@ class Checkpointer:
         self._execution = execution
         self._sink = sink
         self.cache = cache
-        self._outputs = tuple(outputs)
+        self._logs = dict(logs or {})
+        self._log_items = tuple(self._logs.items())
+        self._outputs: tuple[OutputBuffer, ...] = tuple(self._logs.values())
+        self._queued_bytes = 0
         self._on_round = on_round
         self._clock = clock
         self._table = PageTable(memory.page_count)
@@ -169,8 +181,10 @@ class Checkpointer:
             raise exception.PeerError(
                 f"standby committed checkpoint {epoch}, but {self.committed + 1} is next"
             )
+        held = 0.0
+        faultpoint.reach("round.releasing")
         for output in self._outputs:
-            output.release(epoch)
+            held = max(held, output.release(epoch) or 0.0)
         self.committed = epoch
         needed = len(flying.slabs) + sum(len(other.slabs) for other in self._flying.values())
         self.cache.give_back(flying.slabs)
@@ -189,11 +203,119 @@ class Checkpointer:
             pause_pages=flying.pause_pages,
             commit_us=(self._clock() - times.resumed) * 1e6,
             device_bytes=flying.device_bytes,
+            log_bytes=flying.log_bytes,
+            output_us=held * 1e6,
         )
         self.statistics.add(record)
         if self._on_round is not None:
             self._on_round(record)
         faultpoint.reach("round.committed")
+
+    # -- output -------------------------------------------------------------------------
+
+    def arm(self, buffers: Sequence[OutputBuffer]) -> None:
+        """Network output is held from now on: before the first pause."""
+        self._outputs = (*buffers, *self._logs.values())
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether there is output that may press."""
+        return bool(self._outputs)
+
+    def pressure(self) -> float:
+        """How full the fullest output buffer is, 0 to 1.
+
+        :raises nova_pmt.exception.GuestError: one of them is broken.
+        """
+        highest = 0.0
+        for output in self._outputs:
+            if output.broken:
+                raise exception.GuestError(
+                    f"the guest's output cannot be held any more: {output.broken}",
+                    code="OUTPUT_BUFFER_BROKEN",
+                    cure="Protection resumes by itself.",
+                )
+            highest = max(highest, output.pressure)
+        return highest
+
+    # -- disks, before the first checkpoint ---------------------------------------------
+
+    def copy_disks(
+        self,
+        source: DiskSource,
+        *,
+        bytes_per_s: float = 0.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """First copy of the disks, while the guest writes on them and their logs are on.
+
+        A block is sent as soon as it was read, and logs only behind it: what the guest wrote
+        after the block was read comes later, and so the standby has it right.
+
+        :param bytes_per_s: most that is sent; 0 for no limit.
+        :param progress: called with bytes copied and bytes to copy.
+        """
+        started, done = self._clock(), 0
+        for disk, offset, data in source.blocks():
+            size = len(data)
+            self._sink.send_block(disk, offset, data, self._queue(size))
+            faultpoint.reach("sync.disk")
+            done += size
+            self._await_queue()
+            while bytes_per_s and (left := started + done / bytes_per_s - self._clock()) > 0:
+                self.pump(min(left, 0.05))
+                self._relieve_logs()
+            self._relieve_logs()
+            if progress is not None:
+                progress(done, max(done, source.total_bytes))
+
+    def _queue(self, size: int) -> Callable[[], None]:
+        """Count bytes that wait to be sent; returns what takes them off again."""
+
+        def sent() -> None:
+            self._queued_bytes -= size
+
+        self._queued_bytes += size
+        return lambda: self.post(sent)
+
+    def _await_queue(self) -> None:
+        self.pump()
+        while self._queued_bytes > DISK_WINDOW_BYTES:
+            self.pump(1.0)
+
+    def _relieve_logs(self) -> None:
+        """Send what the logs have ahead of checkpoint 1, when they have much."""
+        if self._logs and self.pressure() >= SYNC_LOG_PRESSURE:
+            self.send_logs_ahead()
+
+    def send_logs_ahead(self) -> None:
+        """Send the logs so far; only before checkpoint 1, on which nothing depends yet.
+
+        Only of a guest that stands still a log is known to end with a whole entry.
+        """
+        running = self._execution.running()
+        if running:
+            self._execution.hold()
+        try:
+            for log in self._logs.values():
+                log.cut(SYNC_EPOCH)
+        finally:
+            if running:
+                self._execution.resume()
+        self._send_logs(SYNC_EPOCH, 1, windowed=True)
+        for log in self._logs.values():
+            log.release(SYNC_EPOCH)
+
+    def _send_logs(self, cut: int, epoch: int, *, windowed: bool = False) -> int:
+        total = 0
+        for disk, log in self._log_items:
+            for part in log.segments(cut):
+                size = len(part)
+                total += size
+                self._sink.send_log(epoch, disk, part, self._queue(size) if windowed else None)
+                if windowed:
+                    self._await_queue()
+        return total
 
     # -- while the guest runs -----------------------------------------------------------
 
@@ -211,16 +333,20 @@ class Checkpointer:
         total = len(todo)
         for at in range(0, total, SLAB_PAGES):
             self._send_unless_zero(todo[at : at + SLAB_PAGES])
+            self._relieve_logs()
             faultpoint.reach("sync.streaming")
             if progress is not None:
                 progress(min(at + SLAB_PAGES, total), total)
         before = total
         for _ in range(SYNC_MAX_PASSES):
             found = self.copy_pass()
+            self._relieve_logs()
             if found <= SYNC_GOAL_PAGES or found > 0.9 * before:
                 break
             before = found
         self._spill()
+        if self._logs:
+            self.send_logs_ahead()
         while self._spilled_slabs:
             self.pump(1.0)
         self._window = self.cache.limit_slabs
@@ -411,6 +537,7 @@ class Checkpointer:
         for numbers, data in self._open.chunks():
             self.sent_pages += len(numbers)
             self._sink.send_pages(checkpoint.epoch, numbers, data, None)
+        checkpoint.log_bytes = self._send_logs(checkpoint.epoch, checkpoint.epoch)
         checkpoint.slabs = self._open.detach()
         self._flying[checkpoint.epoch] = checkpoint
         self._open = self._new_epoch(checkpoint.epoch + 1)

@@ -42,6 +42,8 @@ class RoundRecord:
     :param pause_pages: pages that were copied in the pause.
     :param commit_us: from the end of the pause until the standby said "committed".
     :param device_bytes: size of the device state.
+    :param log_bytes: size of the disks' write logs.
+    :param output_us: for how long the epoch's oldest output was held; 0 when there was none.
     """
 
     epoch: int
@@ -56,6 +58,8 @@ class RoundRecord:
     pause_pages: int
     commit_us: float
     device_bytes: int
+    log_bytes: int = 0
+    output_us: float = 0.0
 
 
 _COLUMNS = {field.name: index for index, field in enumerate(fields(RoundRecord))}
@@ -83,6 +87,7 @@ class Statistics:
         self.deferred = 0
         self.throttled_rounds = 0
         self.pages_total = 0
+        self.log_bytes_total = 0
         self._last: RoundRecord | None = None
 
     def add(self, record: RoundRecord) -> None:
@@ -90,6 +95,7 @@ class Statistics:
         self._ring[self.rounds % RING] = astuple(record)
         self.rounds += 1
         self.pages_total += record.pages
+        self.log_bytes_total += record.log_bytes
         self._last = record
 
     def column(self, name: str) -> npt.NDArray[np.float64]:
@@ -103,6 +109,7 @@ class Statistics:
         pause = percentiles(self.column("pause_us"), 1e-3)
         pages = self.column("pages")
         last = self._last
+        delays = self.column("output_us")
         pause["last"] = round(last.pause_us / 1e3, 3) if last else 0.0
         return {
             "rounds": self.rounds,
@@ -121,4 +128,7 @@ class Statistics:
                 "total": self.pages_total,
             },
             "commit_ms": percentiles(self.column("commit_us"), 1e-3),
+            # rounds in which nothing was held have no delay
+            "output_delay_ms": percentiles(delays[delays > 0], 1e-3),
+            "log_bytes_total": self.log_bytes_total,
         }

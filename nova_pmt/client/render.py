@@ -137,6 +137,8 @@ def _numbers(role: str, stats: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     yield "committed", number(stats, "committed")
     if role == "standby":
         yield "received MiB", _mib(stats, "received_bytes")
+        if stats.get("disks"):
+            yield "written to disks MiB", _mib(stats, "disk_bytes_applied")
         yield "apply ms p50/p99", _two(stats, "apply_ms", "p50", "p99")
         yield "staging MiB", number(stats, "staging_mib")
         return
@@ -148,12 +150,32 @@ def _numbers(role: str, stats: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     )
     yield "pages p50/in pause", _two(stats, "pages", "p50", "in_pause_p50", digits=0)
     yield "commit ms p50/p99", _two(stats, "commit_ms", "p50", "p99")
+    yield "output delay ms p50/p99", _two(stats, "output_delay_ms", "p50", "p99")
+    yield from _outputs(stats)
     yield "MB/s", rate(stats)
     yield (
         "cache MiB used/backed/limit",
         (f"{_two(stats, 'cache', 'used_mib', 'backed_mib')}/{number(stats, 'cache', 'limit_mib')}"),
     )
     yield "last commit", f"{number(stats, 'last_commit_age_ms', digits=0)} ms ago"
+
+
+def _outputs(stats: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """A line for each NIC and each disk."""
+    for nic in stats.get("network") or ():
+        text = (
+            f"{nic['buffer']}, holds {nic['held_bytes'] / _MIB:.2f} of "
+            f"{nic['limit_bytes'] / _MIB:.0f} MiB (peak {nic['peak_bytes'] / _MIB:.2f})"
+        )
+        if nic["dropped_packets"]:
+            text += f", full: {nic['dropped_packets']} packets dropped"
+        yield f"nic {nic['mac']}", text
+    for disk in stats.get("disks") or ():
+        yield (
+            f"disk {disk['disk']}",
+            f"log {disk['log_bytes'] / _MIB:.2f} MiB (peak {disk['log_peak_bytes'] / _MIB:.2f}), "
+            f"{disk['written_bytes'] / _MIB:.1f} MiB replicated",
+        )
 
 
 def _two(stats: Mapping[str, Any], group: str, one: str, two: str, digits: int = 1) -> str:
@@ -167,6 +189,12 @@ def _mib(stats: Mapping[str, Any], key: str) -> str:
 
 def progress_text(progress: Mapping[str, Any] | None) -> str:
     """How far the first synchronisation is; empty when nothing is known."""
+    if progress and progress.get("total_bytes"):
+        done, total = int(progress.get("done_bytes", 0)), int(progress["total_bytes"])
+        return (
+            f"disks {min(100, 100 * done // total)} % "
+            f"({done >> 20} of {total >> 20} MiB of the disks)"
+        )
     if not progress or not progress.get("total_pages"):
         return ""
     done, total = int(progress.get("done_pages", 0)), int(progress["total_pages"])
@@ -177,7 +205,8 @@ def progress_text(progress: Mapping[str, Any] | None) -> str:
 def top_table(pairs: Iterable[Mapping[str, Any]]) -> Table:
     """``nova-pmt top``: one line for each primary."""
     table = _table("SERVER", "PRIMARY", "STANDBY", "STATE", "EPOCH")
-    for title in ("PAUSE ms p50", "p99", "PAGES", "MB/s", "CACHE MiB", "LAG", "COMMIT ms ago"):
+    titles = ("PAUSE ms p50", "p99", "DELAY ms", "PAGES", "MB/s", "CACHE MiB", "LAG")
+    for title in (*titles, "COMMIT ms ago"):
         table.add_column(title, justify="right", no_wrap=True)
     for pair in pairs:
         stats = pair.get("stats")
@@ -187,6 +216,8 @@ def top_table(pairs: Iterable[Mapping[str, Any]]) -> Table:
             shown.append(f" {percent}")
         if stats and stats.get("throttled"):
             shown.append(" throttled", "yellow")
+        if stats and any(nic["dropped_packets"] for nic in stats.get("network") or ()):
+            shown.append(" dropping", "yellow")
         table.add_row(
             cell(pair["name"]),
             cell(pair["primary_host"]),
@@ -195,6 +226,7 @@ def top_table(pairs: Iterable[Mapping[str, Any]]) -> Table:
             cell(number(stats, "epoch")),
             cell(number(stats, "pause_ms", "p50", digits=2)),
             cell(number(stats, "pause_ms", "p99", digits=2)),
+            cell(number(stats, "output_delay_ms", "p50", digits=1)),
             cell(number(stats, "pages", "p50", digits=0)),
             cell(rate(stats)),
             cell(f"{number(stats, 'cache', 'used_mib')}/{number(stats, 'cache', 'limit_mib')}"),

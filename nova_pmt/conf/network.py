@@ -21,8 +21,8 @@ OPTS = [
         default="auto",
         help="""
 Plug-in (namespace ``nova_pmt.egress_buffers``) that holds what guests send until it is committed.
-``auto`` chooses for each interface: ``redirector`` (in QEMU) without vhost, ``plug`` (in the kernel)
-with it.
+``auto`` chooses for each interface: ``redirector`` (in QEMU) without vhost, ``plug`` (in the
+kernel) with it.
 """,
     ),
     cfg.IntOpt(

@@ -19,6 +19,7 @@ import os
 import pwd
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import libvirt
@@ -151,6 +152,32 @@ class Domain:
                     return DirectMonitor(path, timeout_s)
         return LibvirtMonitor(self.handle, self.connection)
 
+    def watch_devices(self, on_change: Callable[[str], None]) -> Callable[[], None]:
+        """Call ``on_change`` with a text, from another thread, when a device comes or goes.
+
+        Needs libvirt's event loop: see :func:`start_event_loop`.
+
+        :returns: ends the watch.
+        """
+
+        def changed(what: str) -> Callable[..., None]:
+            return lambda _conn, _domain, alias, _opaque: on_change(f"device {alias} was {what}")
+
+        ids = [
+            self.connection.domainEventRegisterAny(self.handle, event, changed(what), None)
+            for event, what in (
+                (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, "added"),
+                (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, "removed"),
+            )
+        ]
+
+        def end() -> None:
+            for ident in ids:
+                with contextlib.suppress(libvirt.libvirtError):
+                    self.connection.domainEventDeregisterAny(ident)
+
+        return end
+
     def resume(self) -> None:
         """Let it run, through libvirt.
 
@@ -193,19 +220,28 @@ def guest_directory(runtime_directory: str, uuid: str, pid: int) -> str:
     return path
 
 
-def qmp_directory(conf: Any) -> str:
-    """The directory of second monitors, owned by QEMU's user; made when it is not there.
+def qemu_owner(conf: Any) -> tuple[int, int]:
+    """User and group ids that libvirt runs QEMU with.
 
     :raises nova_pmt.exception.ConfigError: there is no such user.
     """
-    path = os.path.join(conf.guest.runtime_directory, QMP_DIRECTORY)
     try:
         user = pwd.getpwnam(conf.guest.qemu_user)
     except KeyError as error:
         raise exception.ConfigError(
             f"[guest] qemu_user: there is no user '{conf.guest.qemu_user}'"
         ) from error
+    return user.pw_uid, user.pw_gid
+
+
+def qmp_directory(conf: Any) -> str:
+    """The directory of second monitors, owned by QEMU's user; made when it is not there.
+
+    :raises nova_pmt.exception.ConfigError: there is no such user.
+    """
+    path = os.path.join(conf.guest.runtime_directory, QMP_DIRECTORY)
+    owner = qemu_owner(conf)
     os.makedirs(conf.guest.runtime_directory, mode=0o711, exist_ok=True)
     os.makedirs(path, mode=0o700, exist_ok=True)
-    os.chown(path, user.pw_uid, user.pw_gid)
+    os.chown(path, *owner)
     return path

@@ -51,6 +51,10 @@ class Execution(ABC):
     def saved(self) -> None:
         """Wait until the devices are saved."""
 
+    def hold(self) -> None:
+        """Stop the guest, and save nothing."""
+        self._monitor.execute("stop")
+
     @abstractmethod
     def resume(self) -> None:
         """Let the guest run on; works in whatever state :meth:`pause` was left."""

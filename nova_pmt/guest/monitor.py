@@ -250,7 +250,7 @@ class LibvirtMonitor(Monitor):
         self._condition = threading.Condition()
         self._callbacks = [
             libvirt_qemu.qemuMonitorEventRegister(connection, domain, name, self._on_event, None, 0)
-            for name in ("MIGRATION", "SHUTDOWN")
+            for name in ("MIGRATION", "SHUTDOWN", "BLOCK_IO_ERROR")
         ]
 
     def _on_event(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from dataclasses import dataclass, field
+from string import ascii_lowercase
 from typing import Literal
 from xml.sax.saxutils import escape, quoteattr
 
@@ -34,6 +35,7 @@ _QUICK = (
 #: QEMU 7.2 clears a whole jump cache for each translated block that it drops. After a reset the new
 #: kernel overwrites the old one: that takes six seconds with the default cache, one with this.
 _TCG = "<tcg><tb-cache unit='MiB'>16</tb-cache></tcg>"
+_PREFIXES = {"virtio": "vd", "scsi": "sd"}
 _QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 
@@ -56,11 +58,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Disk:
-    """A virtio disk; made empty at the first boot if its file is not there."""
+    """A disk; made empty at the first boot if its file is not there.
+
+    The guest calls virtio disks vda, vdb, ... and SCSI disks, which are all on one virtio-scsi
+    controller, sda, sdb, ..., each in the order of :attr:`GuestSpec.disks`.
+    """
 
     path: str  # inside the host
     size_mib: int = 64
     format: Literal["qcow2", "raw"] = "qcow2"
+    bus: Literal["virtio", "scsi"] = "virtio"
+    readonly: bool = False
+    discard: Literal["unmap", "ignore"] = "unmap"  # what QEMU does when the guest discards
 
 
 @dataclass(frozen=True)
@@ -74,21 +83,38 @@ class GuestSpec:
     shared_memory: bool = True  # memfd; False: private anonymous RAM, as plain libvirt makes it
     nic: bool = True
     ip: str = "10.77.2.100"  # on the lab's data network
+    extra_nics: int = 0  # eth1, ...: on the same network, up, without address
     second_monitor: bool = True  # QMP socket of its own, for us alone; see monitor_path
     persistent: bool = False  # defined, as Nova does it, and not only created
     vga: bool = False
-    disk: Disk | None = None
+    disks: tuple[Disk, ...] = ()
     workload: Workload = Workload()
     kernel_arguments: str = ""  # added to ours, at the end
     accel: Literal["tcg", "kvm"] = "tcg"  # the lab sets it, and the next one
-    mtu: int = 1500  # bytes
+    mtu: int | None = None  # bytes, at most network.JUMBO; None: the lab's
     uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     @property
     def mac(self) -> str:
-        """Derived from the name, so that the guest keeps it on every host."""
-        digest = hashlib.sha256(self.name.encode()).digest()
-        return "52:54:00:" + digest[:3].hex(":")
+        """Of eth0; derived from the name, so that the guest keeps it on every host."""
+        return self.macs[0]
+
+    @property
+    def macs(self) -> tuple[str, ...]:
+        """Of eth0, eth1, ..."""
+        seeds = [self.name, *(f"{self.name}/{number + 1}" for number in range(self.extra_nics))]
+        digests = (hashlib.sha256(seed.encode()).digest() for seed in seeds)
+        return tuple("52:54:00:" + digest[:3].hex(":") for digest in digests)
+
+    @property
+    def disk_names(self) -> tuple[str, ...]:
+        """The guest's names of its disks, in the order of ``disks``."""
+        names: dict[str, int] = {"virtio": 0, "scsi": 0}
+        found = []
+        for disk in self.disks:
+            found.append(f"{_PREFIXES[disk.bus]}{ascii_lowercase[names[disk.bus]]}")
+            names[disk.bus] += 1
+        return tuple(found)
 
     @property
     def monitor_path(self) -> str:
@@ -106,6 +132,9 @@ def domain_xml(spec: GuestSpec) -> str:
     arguments = f"console=ttyS0 {_QUICK} {spec.workload.kernel_arguments()}"
     if spec.nic:
         arguments += f" guest_ip={spec.ip}/24"
+    scsi_disks = sum(disk.bus == "scsi" for disk in spec.disks)
+    if scsi_disks:
+        arguments += f" scsi_disks={scsi_disks}"  # the guest loads its modules only then
     if spec.kernel_arguments:
         arguments += f" {spec.kernel_arguments}"
     parts = [
@@ -125,8 +154,9 @@ def domain_xml(spec: GuestSpec) -> str:
         f"<features><acpi/><apic/>{_TCG if spec.accel == 'tcg' else ''}</features>",
         "<on_reboot>restart</on_reboot><on_crash>destroy</on_crash>",
         "<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>",
-        _disk(spec.disk) if spec.disk else "",
-        _nic(spec) if spec.nic else "",
+        *(_disk(disk, name) for disk, name in zip(spec.disks, spec.disk_names, strict=True)),
+        "<controller type='scsi' index='0' model='virtio-scsi'/>" if scsi_disks else "",
+        *(_nic(spec, mac) for mac in (spec.macs if spec.nic else ())),
         f"<serial type='file'><source path={quoteattr(spec.console_path)} append='on'/></serial>",
         "<controller type='usb' model='none'/><memballoon model='none'/>",
         f"<video><model type='{'vga' if spec.vga else 'none'}'/></video>",
@@ -137,17 +167,18 @@ def domain_xml(spec: GuestSpec) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _nic(spec: GuestSpec) -> str:
+def _nic(spec: GuestSpec, mac: str) -> str:
     return (
-        f"<interface type='bridge'><mac address='{spec.mac}'/><source bridge='br-data'/>"
-        f"<model type='virtio'/><mtu size='{spec.mtu}'/></interface>"
+        f"<interface type='bridge'><mac address='{mac}'/><source bridge='br-data'/>"
+        f"<model type='virtio'/><mtu size='{spec.mtu or 1500}'/></interface>"
     )
 
 
-def _disk(disk: Disk) -> str:
+def _disk(disk: Disk, name: str) -> str:
     return (
-        f"<disk type='file' device='disk'><driver name='qemu' type='{disk.format}' cache='none'/>"
-        f"<source file={quoteattr(disk.path)}/><target dev='vda' bus='virtio'/></disk>"
+        f"<disk type='file' device='disk'><driver name='qemu' type='{disk.format}' cache='none'"
+        f" discard='{disk.discard}'/><source file={quoteattr(disk.path)}/>"
+        f"<target dev='{name}' bus='{disk.bus}'/>{'<readonly/>' if disk.readonly else ''}</disk>"
     )
 
 

@@ -47,6 +47,8 @@ _MODULES = (
     "virtio_net",
     "virtio_blk",
 )
+#: Only for guests with such disks: loading them takes time.
+_SCSI_MODULES = ("scsi_common", "scsi_mod", "virtio_scsi", "sd_mod")
 _COMPILER = ("gcc", "-static", "-O2", "-Wall", "-Wextra", "-s", "-pthread")
 _RECIPE = 1  # increase when this file makes something else of the same sources
 _CURE = "Install what bindep.txt lists (gcc, apt with Debian's archive), try again."
@@ -87,7 +89,7 @@ def _newest(cache: Path, sources: str) -> Path | None:
 
 
 def _sources_hash() -> str:
-    digest = hashlib.sha256(repr((_RECIPE, _MODULES, _COMPILER)).encode())
+    digest = hashlib.sha256(repr((_RECIPE, _MODULES, _SCSI_MODULES, _COMPILER)).encode())
     for source in sorted(p for p in _SOURCES.iterdir() if p.is_file()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:12]
@@ -152,12 +154,13 @@ def _assemble(directory: Path, kernel: Path) -> None:
     # The kernel opens it for init before anything is mounted.
     archive.device("dev/console", 5, 1)
     archive.file("init", program.read_bytes(), 0o755)
-    present = []
-    for module in _MODULES:  # what the kernel has built in has no file
-        for path in (kernel / "lib/modules").rglob(f"{module}.ko"):
-            archive.file(f"modules/{module}.ko", path.read_bytes(), 0o644)
-            present.append(module)
-    archive.file("modules/order", "\n".join(present).encode() + b"\n", 0o644)
+    for order, modules in (("order", _MODULES), ("order.scsi", _SCSI_MODULES)):
+        present = []
+        for module in modules:  # what the kernel has built in has no file
+            for path in (kernel / "lib/modules").rglob(f"{module}.ko"):
+                archive.file(f"modules/{module}.ko", path.read_bytes(), 0o644)
+                present.append(module)
+        archive.file(f"modules/{order}", "\n".join(present).encode() + b"\n", 0o644)
     # Not compressed: under TCG unpacking costs more than reading.
     (directory / "initrd.img").write_bytes(archive.finish())
     program.unlink()

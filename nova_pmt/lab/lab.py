@@ -44,7 +44,8 @@ class Lab:
 
     :param computes: how many compute hosts; they are called compute1, compute2, ...
     :param rabbit: with a RabbitMQ in ctl (the slowest part of the start).
-    :param mtu: of all networks, in bytes.
+    :param mtu: of the networks and of guests that name none, in bytes. The data network carries
+        at least ``network.JUMBO``, for guests that do.
     :param accel: ``auto`` takes KVM for the guests if it really boots one.
     :param detached: for the registry only: the lab belongs to ``nova-pmt-lab up``.
 
@@ -107,9 +108,10 @@ class Lab:
         return self._accel == "auto" and kvm.usable(self.image())
 
     def adapted(self, spec: GuestSpec) -> GuestSpec:
-        """``spec`` as it is run here: with the lab's MTU, under KVM if the lab may and can."""
+        """``spec`` as it is run here: with the lab's MTU, if it names none, and under KVM if the
+        lab may and can."""
         accel: Literal["kvm", "tcg"] = "kvm" if self.offers_kvm() else spec.accel
-        return dataclasses.replace(spec, accel=accel, mtu=self.mtu)
+        return dataclasses.replace(spec, accel=accel, mtu=spec.mtu or self.mtu)
 
     # -- start and end -----------------------------------------------------------------------
 

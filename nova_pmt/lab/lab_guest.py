@@ -175,8 +175,8 @@ def boot(host: LabHost, spec: GuestSpec) -> LabGuest:
     """Start ``spec`` on ``host``; return as soon as libvirt says that it runs."""
     import libvirt
 
-    if spec.disk:
-        _make_disk(host, spec.disk)
+    for disk in spec.disks:
+        _make_disk(host, disk)
     guest = LabGuest(spec, host)
     with host.libvirt() as connection:
         try:
@@ -191,6 +191,8 @@ def boot(host: LabHost, spec: GuestSpec) -> LabGuest:
 
 
 def _make_disk(host: LabHost, disk: Disk) -> None:
-    if not host.disk_path(disk.path).exists():
+    file = host.disk_path(disk.path)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         size = f"{disk.size_mib}M"
         host.run(["qemu-img", "create", "-q", "-f", disk.format, disk.path, size])

@@ -48,6 +48,13 @@ REPL = Network("repl", "10.77.1", "replication between the hosts")
 DATA = Network("data", "10.77.2", "the guests' network")
 NETWORKS = (MGMT, REPL, DATA)
 
+#: What the data network carries at least, so that one guest of a lab may have large frames.
+JUMBO = 9000
+
+
+def _mtu(network: Network, mtu: int) -> int:
+    return max(mtu, JUMBO) if network is DATA else mtu
+
 
 def _batch(command: list[str], pid: int, lines: Iterable[str], force: bool = False) -> None:
     """Feed ``lines`` to ``ip`` or ``tc`` in the network namespace of ``pid`` (one process)."""
@@ -65,7 +72,7 @@ def create_bridges(ctl: int, mtu: int) -> None:
     for net in NETWORKS:
         # Bridges without STP and forward delay pass packets from the first moment on.
         lines += [
-            f"link add br-{net.name} mtu {mtu} type bridge stp_state 0 forward_delay 0"
+            f"link add br-{net.name} mtu {_mtu(net, mtu)} type bridge stp_state 0 forward_delay 0"
             " mcast_snooping 0",
             f"addr add {net.address(0)}/24 dev br-{net.name}",
             f"link set br-{net.name} up",
@@ -80,8 +87,8 @@ def connect(ctl: int, host: int, index: int, mtu: int) -> None:
     for net in NETWORKS:
         # The peer's namespace is given by a pid, which the kernel looks up in our pid namespace.
         lines += [
-            f"link add {net.name}{index} mtu {mtu} type veth"
-            f" peer name {net.name} address {net.mac(index)} mtu {mtu} netns {host}",
+            f"link add {net.name}{index} mtu {_mtu(net, mtu)} type veth"
+            f" peer name {net.name} address {net.mac(index)} mtu {_mtu(net, mtu)} netns {host}",
             f"link set {net.name}{index} master br-{net.name} up",
         ]
     _batch(["ip"], ctl, lines)
@@ -94,7 +101,8 @@ def connect(ctl: int, host: int, index: int, mtu: int) -> None:
             f"link set {MGMT.name} up",
             f"addr add {REPL.address(index)}/24 dev {REPL.name}",
             f"link set {REPL.name} up",
-            f"link add br-data mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+            f"link add br-data mtu {_mtu(DATA, mtu)} type bridge stp_state 0 forward_delay 0"
+            " mcast_snooping 0",
             f"link set {DATA.name} master br-data up",
             "link set br-data up",
         ],

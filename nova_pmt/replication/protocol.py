@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""Frames of the replication protocol, version 1.
+"""Frames of the replication protocol, version 2.
 
 Each frame is a header of 24 bytes, big endian, and a payload::
 
@@ -24,8 +24,11 @@ Each frame is a header of 24 bytes, big endian, and a payload::
 ===========  ====  ===========================================================================
 type         from  payload; epoch; value
 ===========  ====  ===========================================================================
-HELLO        P     JSON: protocol, pair, layout. This frame never changes between versions
-WELCOME      S     JSON: protocol
+HELLO        P     JSON: protocol, pair, layout, disks. Its form never changes between versions
+WELCOME      S     JSON: protocol, images (generation and epoch of disks that were kept, or null)
+COPY         P     JSON: full. The first copy of disks begins: of all, or of what has changed
+BLOCK        P     data of a disk's first copy, before checkpoint 1; disk and offset
+LOG          P     a part of a disk's write log, as QEMU wrote it; epoch; disk
 PRELUDE      P     head of the activation stream (ROMs)
 PAGES        P     value x int64 page numbers, little endian, then value x 4096 bytes; epoch
 COMMIT       P     xxh3_128 of the checkpoint (16 bytes), device state; epoch; pages sent in all
@@ -38,8 +41,10 @@ ACTIVATED    S     JSON: times. The standby runs
 ERROR        S     JSON: code, message, cure; the connection ends
 ===========  ====  ===========================================================================
 
-The checksum covers page numbers, pages and device state in the order in which they were
-sent. It is not a defence against people (TLS is) but against memory, firmware and ourselves.
+Where the value names a disk, its highest byte is the disk's number and the rest an offset in bytes.
+
+The checksum covers page numbers, pages, blocks, logs and device state in the order in which they
+were sent. It is not a defence against people (TLS is) but against memory, firmware and ourselves.
 """
 
 from __future__ import annotations
@@ -55,12 +60,16 @@ import xxhash
 from nova_pmt import exception
 from nova_pmt.checkpoint.interfaces import PAGE_SIZE
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"PM"
 HEADER = struct.Struct("!2sBBIQQ")
 DIGEST_BYTES = 16
 MAX_PAGES = 256
 NUMBER_BYTES = 8
+#: Most that one BLOCK or LOG frame holds.
+DISK_BYTES = 1 << 20
+MAX_DISKS = 128
+_DISK_SHIFT = 56
 
 
 class Type(enum.IntEnum):
@@ -78,6 +87,9 @@ class Type(enum.IntEnum):
     SWITCHOVER = 10
     ACTIVATED = 11
     ERROR = 12
+    COPY = 13
+    BLOCK = 14
+    LOG = 15
 
 
 _JSON_LIMIT = 1 << 16
@@ -95,7 +107,20 @@ LIMITS: dict[Type, int] = {
     Type.SWITCHOVER: 0,
     Type.ACTIVATED: _JSON_LIMIT,
     Type.ERROR: _JSON_LIMIT,
+    Type.COPY: _JSON_LIMIT,
+    Type.BLOCK: DISK_BYTES,
+    Type.LOG: DISK_BYTES,
 }
+
+
+def disk_value(disk: int, offset: int = 0) -> int:
+    """The value of a frame that names a disk."""
+    return disk << _DISK_SHIFT | offset
+
+
+def disk_of(value: int) -> tuple[int, int]:
+    """Number of the disk, and offset, in a frame's value."""
+    return value >> _DISK_SHIFT, value & ((1 << _DISK_SHIFT) - 1)
 
 
 @dataclass(frozen=True)
@@ -130,6 +155,8 @@ class Header:
             not 0 < value <= MAX_PAGES or length != value * (NUMBER_BYTES + PAGE_SIZE)
         ):
             raise exception.ProtocolMismatch(f"PAGES frame of {length} bytes for {value} pages")
+        if known in (Type.BLOCK, Type.LOG) and not length:
+            raise exception.ProtocolMismatch(f"{known.name} frame without data")
         if known is Type.COMMIT and length < DIGEST_BYTES:
             raise exception.ProtocolMismatch(f"COMMIT frame of {length} bytes")
         if flags:
@@ -172,6 +199,11 @@ class Digest:
         self._state.update(data)
         self.pages += count
 
+    def add_disk(self, value: int, data: Any) -> None:
+        """Value and payload of one BLOCK or LOG frame."""
+        self._state.update(value.to_bytes(8, "big"))
+        self._state.update(data)
+
     def finish(self, device_state: bytes | memoryview) -> bytes:
         """The checksum; the object is ready for the next checkpoint after it."""
         self._state.update(device_state)
@@ -181,19 +213,30 @@ class Digest:
         return value
 
 
-def hello(pair: dict[str, Any], layout: list[dict[str, Any]]) -> bytes:
+def hello(pair: dict[str, Any], layout: list[dict[str, Any]], disks: list[dict[str, Any]]) -> bytes:
     """The first frame of a primary."""
     return pack_json(
         Type.HELLO,
-        {"protocol": VERSION, "page_size": PAGE_SIZE, "pair": pair, "layout": layout},
+        {
+            "protocol": VERSION,
+            "page_size": PAGE_SIZE,
+            "pair": pair,
+            "layout": layout,
+            "disks": disks,
+        },
     )
 
 
-def check_hello(data: dict[str, Any], pair: dict[str, Any], layout: list[dict[str, Any]]) -> None:
+def check_hello(
+    data: dict[str, Any],
+    pair: dict[str, Any],
+    layout: list[dict[str, Any]],
+    disks: list[dict[str, Any]],
+) -> None:
     """See that the primary means the pair that this standby waits for.
 
     :raises nova_pmt.exception.ProtocolMismatch: other version.
-    :raises nova_pmt.exception.PairMismatch: other pair, generation or memory layout.
+    :raises nova_pmt.exception.PairMismatch: other pair, generation, memory layout or disks.
     """
     if data.get("protocol") != VERSION or data.get("page_size") != PAGE_SIZE:
         raise exception.ProtocolMismatch(
@@ -209,3 +252,5 @@ def check_hello(data: dict[str, Any], pair: dict[str, Any], layout: list[dict[st
             )
     if data.get("layout") != layout:
         raise exception.PairMismatch("primary and standby differ in memory layout")
+    if data.get("disks") != disks:
+        raise exception.PairMismatch("primary and standby differ in disks")

@@ -32,10 +32,13 @@ from nova_pmt.checkpoint.statistics import RING, percentiles
 from nova_pmt.replication.link import Buffers
 from nova_pmt.replication.protocol import (
     DIGEST_BYTES,
+    DISK_BYTES,
     MAX_PAGES,
     NUMBER_BYTES,
     Digest,
     Header,
+    Type,
+    disk_of,
 )
 
 assert MAX_PAGES <= SLAB_PAGES  # a PAGES frame fits into one slab
@@ -50,11 +53,35 @@ class Image(Protocol):
         """Put pages in place."""
 
 
+class Disks(Protocol):
+    """What committed write logs are applied to."""
+
+    count: int
+
+    def copy(self, disk: int, offset: int, data: memoryview) -> None:
+        """Write a block of the first copy."""
+
+    def stage(self, disk: int, part: memoryview) -> None:
+        """Take a part of a write log in, and check it; writes nothing."""
+
+    def whole(self) -> bool:
+        """Whether every log that was taken in ends with a whole entry."""
+
+    def apply(self) -> None:
+        """Write what was taken in, in order."""
+
+    def discard(self) -> None:
+        """Forget what was taken in."""
+
+    def summary(self) -> dict[str, object]:
+        """For the status."""
+
+
 class Receiver:
     """Stages, verifies, commits, applies.
 
-    Implements :class:`nova_pmt.replication.link.FrameHandler` for PAGES and COMMIT frames;
-    the standby hands it those.
+    Implements :class:`nova_pmt.replication.link.FrameHandler` for PAGES, BLOCK, LOG and COMMIT
+    frames; the standby hands it those.
 
     :param staging: where checkpoints wait.
     :param acknowledge: called with the epoch when it is whole and verified; before it is applied.
@@ -64,11 +91,13 @@ class Receiver:
     def __init__(
         self,
         image: Image,
+        disks: Disks,
         staging: SlabCache,
         acknowledge: Callable[[int], None],
         check_state: Callable[[bytes], None],
     ) -> None:
         self._image = image
+        self._disks = disks
         self._staging = staging
         self._acknowledge = acknowledge
         self._check_state = check_state
@@ -82,14 +111,16 @@ class Receiver:
         self._applied = 0
 
     def buffers(self, header: Header) -> Buffers:
-        """Where a PAGES frame goes: a slab of its own.
+        """Where a frame's payload goes: pages into a slab of their own.
 
         :raises nova_pmt.exception.CheckpointCorrupt: not the epoch that is due.
         """
         if header.epoch != self.committed + 1:
             raise exception.CheckpointCorrupt(
-                f"pages of checkpoint {header.epoch}, but {self.committed + 1} is due"
+                f"{header.type.name} of checkpoint {header.epoch}, but {self.committed + 1} is due"
             )
+        if header.type is not Type.PAGES:
+            return [memoryview(bytearray(header.length))]
         slab = self._take_slab()
         if slab is None:
             raise exception.PeerError(
@@ -150,6 +181,26 @@ class Receiver:
         if not self.committed:
             self._apply()
 
+    def disk(self, header: Header, payload: memoryview) -> None:
+        """A BLOCK or LOG frame is complete.
+
+        :raises nova_pmt.exception.PeerError: it names a disk that there is not, comes when it
+            must not, or holds no log; or an image cannot be written.
+        """
+        assert len(payload) <= DISK_BYTES
+        disk, offset = disk_of(header.value)
+        if disk >= self._disks.count:
+            raise exception.CheckpointCorrupt(f"there is no disk {disk}")
+        self._digest.add_disk(header.value, payload)
+        if header.type is Type.BLOCK:
+            if self.committed:
+                raise exception.CheckpointCorrupt("a first copy of a disk that is in use")
+            self._disks.copy(disk, offset, payload)
+            return
+        self._disks.stage(disk, payload)
+        if not self.committed:
+            self._disks.apply()
+
     def commit(self, header: Header, payload: bytes | memoryview) -> None:
         """A COMMIT frame is complete: verify, acknowledge, apply.
 
@@ -173,6 +224,10 @@ class Receiver:
             raise exception.CheckpointCorrupt(
                 f"device state of checkpoint {header.epoch}: {error.message}"
             ) from error
+        if not self._disks.whole():
+            raise exception.CheckpointCorrupt(
+                f"a write log of checkpoint {header.epoch} ends in the middle of an entry"
+            )
         faultpoint.reach("standby.verified")
         self.committed = header.epoch
         self.device_state = state
@@ -181,6 +236,8 @@ class Receiver:
         used = len(self._staged)
         start = time.perf_counter()
         self._apply()
+        faultpoint.reach("standby.disks")
+        self._disks.apply()
         self._apply_ms[self._applied % RING] = (time.perf_counter() - start) * 1e3
         self._applied += 1
         self._staging.adapt(used)
@@ -203,6 +260,7 @@ class Receiver:
         self._staging.give_back(slab for slab, _ in self._staged)
         self._staged.clear()
         self._digest = Digest()
+        self._disks.discard()
 
     def summary(self) -> dict[str, object]:
         """The part of a standby's status that comes from here."""
@@ -211,4 +269,5 @@ class Receiver:
             "committed": self.committed,
             "apply_ms": percentiles(applied),
             "staging_mib": self._staging.backed_slabs * SLAB_PAGES * 4096 / (1 << 20),
+            **self._disks.summary(),
         }

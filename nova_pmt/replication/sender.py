@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from nova_pmt.checkpoint.interfaces import PageNumbers, Pages
 from nova_pmt.replication.link import Buffers, Link
-from nova_pmt.replication.protocol import Digest, Header, Type
+from nova_pmt.replication.protocol import Digest, Header, Type, disk_value
 
 
 class _PagesFrame:
@@ -44,6 +44,31 @@ class _PagesFrame:
         self._digest.add_pages(numbers, data, count)
         header = Header(Type.PAGES, len(numbers) + len(data), self._epoch, count)
         return [memoryview(header.pack() + numbers), data]
+
+    def sent(self) -> None:
+        if self._sent is not None:
+            self._sent()
+
+
+class _DiskFrame:
+    """A BLOCK or a LOG frame."""
+
+    def __init__(
+        self,
+        kind: Type,
+        epoch: int,
+        value: int,
+        data: memoryview,
+        sent: Callable[[], None] | None,
+        digest: Digest,
+    ) -> None:
+        self._kind, self._epoch, self._value = kind, epoch, value
+        self._data, self._sent, self._digest = data, sent, digest
+
+    def begin(self) -> Buffers:
+        self._digest.add_disk(self._value, self._data)
+        header = Header(self._kind, len(self._data), self._epoch, self._value)
+        return [memoryview(header.pack()), self._data]
 
     def sent(self) -> None:
         if self._sent is not None:
@@ -81,6 +106,19 @@ class Sender:
             self._link.send(_PagesFrame(epoch, numbers, data, sent, self._digest))
         elif sent is not None:
             sent()
+
+    def send_log(
+        self, epoch: int, disk: int, part: memoryview, sent: Callable[[], None] | None
+    ) -> None:
+        """See the interface."""
+        self._link.send(_DiskFrame(Type.LOG, epoch, disk_value(disk), part, sent, self._digest))
+
+    def send_block(
+        self, disk: int, offset: int, data: memoryview, sent: Callable[[], None] | None
+    ) -> None:
+        """See the interface."""
+        value = disk_value(disk, offset)
+        self._link.send(_DiskFrame(Type.BLOCK, 1, value, data, sent, self._digest))
 
     def send_commit(self, epoch: int, device_state: bytes) -> None:
         """See the interface."""

@@ -13,7 +13,8 @@
 """The standby's domain, made from the primary's migratable XML.
 
 The guest must not see a difference; only what is the host's own changes: memory becomes
-a shared file, QEMU waits for an incoming migration, and a monitor of ours is added.
+a shared file, disks are flat images, QEMU waits for an incoming migration, and a monitor of
+ours is added.
 """
 
 from __future__ import annotations
@@ -96,11 +97,24 @@ def _memory_in_file(root: ET.Element) -> None:
         cell.set("memAccess", "shared")
 
 
+def _flat_disks(root: ET.Element) -> None:
+    """Each disk's image is one file without a backing file; its path is the primary's."""
+    for disk in root.findall("devices/disk"):
+        for tag in ("backingStore", "mirror"):
+            for old in disk.findall(tag):
+                disk.remove(old)
+        for source in disk.findall("source"):
+            source.attrib.pop("index", None)
+            for label in source.findall("seclabel"):
+                source.remove(label)
+
+
 def _host_details(root: ET.Element) -> None:
     """Take out what the primary's host chose and the standby's host must choose anew."""
     root.attrib.pop("id", None)
     for label in root.findall("seclabel"):
         root.remove(label)
+    _flat_disks(root)
     for interface in root.findall("devices/interface"):
         target = interface.find("target")
         if target is not None and target.get("dev", "").startswith(("vnet", "macvtap")):

@@ -23,6 +23,10 @@ How it can end, and who then goes on, is decided here and nowhere else:
 * the peer is lost: the arbiter is asked. Won: the guest runs on alone. Lost: the standby took
   over; this domain is destroyed. Nobody to ask: the guest is held until there is.
 * QEMU died: the standby is told at once, and goes on.
+
+What the guest puts out is let go (:meth:`_let_go`) only when the guest may run on alone. A worker
+that dies takes its ends of the network buffers along, so that nothing leaves the guest until its
+agent has asked the arbiter.
 """
 
 from __future__ import annotations
@@ -58,6 +62,7 @@ from nova_pmt.replication.link import Buffers, Link, RawFrame, read_frame
 from nova_pmt.replication.protocol import Header, Type
 from nova_pmt.replication.sender import Sender
 from nova_pmt.worker import io, pausing
+from nova_pmt.worker.outputs import Outputs
 from nova_pmt.worker.side import Side
 
 LOG = log.getLogger(__name__)
@@ -110,6 +115,8 @@ class Primary(Side):
         self._pending: list[Callable[[], None]] = []
         self._link_failure: exception.PeerError | None = None
         self._may_activate = False
+        self._outputs: Outputs | None = None
+        self._images: object = None
         self._progress_at = 0.0
         self._last_commit = time.monotonic()
         self._rate_from = (time.monotonic(), 0)
@@ -176,6 +183,9 @@ class Primary(Side):
     def _on_agent_gone(self) -> None:
         self._post_failure(_Unprotect("nova-pmt-agent has ended", ordered=False))
 
+    def _on_devices(self, what: str) -> None:
+        self._post_failure(exception.DevicesChanged(what))
+
     def _on_qemu_end(self) -> None:
         self._post_failure(exception.GuestGone("the guest's QEMU died"))
 
@@ -208,7 +218,8 @@ class Primary(Side):
 
     def _tell_stats(self) -> None:
         checkpointer, loop, link = self._checkpointer, self._loop, self._link
-        if checkpointer is None or loop is None or link is None:
+        outputs = self._outputs
+        if checkpointer is None or loop is None or link is None or outputs is None:
             return
         now, sent = time.monotonic(), link.sent_bytes
         then, before = self._rate_from
@@ -233,8 +244,7 @@ class Primary(Side):
             },
             last_commit_age_ms=round((now - self._last_commit) * 1e3, 1),
             guest_running=loop.guest_running,
-            output_commit=False,
-            disks=[],
+            **outputs.summary(),
             **stats,
         )
 
@@ -277,7 +287,8 @@ class Primary(Side):
     def _handshake(self, sock: socket.socket, layout: guest_layout.Layout) -> None:
         blocks = [block.to_dict() for block in layout.blocks]
         try:
-            sock.sendall(protocol.hello(asdict(self._pair), blocks))
+            assert self._outputs is not None
+            sock.sendall(protocol.hello(asdict(self._pair), blocks, self._outputs.specs))
         except OSError as error:
             raise tls.refused(error, self._pair.standby_host) from error
         header, payload = read_frame(sock)
@@ -286,6 +297,7 @@ class Primary(Side):
             raise exception.from_dict(data)
         if header.type is not Type.WELCOME or data.get("protocol") != protocol.VERSION:
             raise exception.ProtocolMismatch(f"standby answered HELLO with {header.type.name}")
+        self._images = data.get("images")
 
     def _protect(self, stack: contextlib.ExitStack) -> None:
         conf, spec = self._conf, self._spec
@@ -296,6 +308,12 @@ class Primary(Side):
         self._monitor = monitor
         layout = guest_layout.discover(monitor)
         prelude.check(monitor)
+        # Before the devices are looked at, so that none comes or goes unseen.
+        stack.callback(self._domain.watch_devices(self._on_devices))
+        outputs = self._outputs = Outputs(
+            conf, self._pair.uuid, self._domain.xml(), self._pid, monitor, directory
+        )
+        stack.callback(outputs.close)
         sock = self._connect()
         try:
             self._handshake(sock, layout)
@@ -336,7 +354,12 @@ class Primary(Side):
             )
         )
         self._checkpointer = Checkpointer(
-            memory, self._execution, Sender(self._link), cache, on_round=strategy.observe
+            memory,
+            self._execution,
+            Sender(self._link),
+            cache,
+            logs=dict(outputs.logs),
+            on_round=strategy.observe,
         )
         for handler in self._pending:  # what came before there was someone to post it to
             self._checkpointer.post(handler)
@@ -363,12 +386,46 @@ class Primary(Side):
             "progress", done_pages=done, total_pages=total, sent_bytes=self._link.sent_bytes
         )
 
+    def _disk_progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._progress_at < 0.2 and done < total:
+            return
+        self._progress_at = now
+        assert self._link is not None
+        self.agent.tell(
+            "progress", done_bytes=done, total_bytes=total, sent_bytes=self._link.sent_bytes
+        )
+
+    def _copy_disks(self) -> None:
+        """Logs on, then the first copy: all, or what changed since the standby's images."""
+        outputs, checkpointer, link = self._outputs, self._checkpointer, self._link
+        assert outputs is not None
+        assert checkpointer is not None
+        assert link is not None
+        if not outputs.disks:
+            return
+        note = outputs.changes(self._images)
+        outputs.start_logs(self._pair.generation)
+        link.send(RawFrame(protocol.pack_json(Type.COPY, {"full": note is None})))
+        LOG.info(
+            "%s: copying %s", self._pair.uuid, "its disks" if note is None else "what has changed"
+        )
+        with outputs.source(note) as source:
+            checkpointer.copy_disks(
+                source,
+                bytes_per_s=float(self._conf.disk.copy_limit_mib_s * MIB),
+                progress=self._disk_progress,
+            )
+        outputs.forget_changes()
+
     def _rounds(self) -> None:
         """Rounds until something ends them; then decide who goes on."""
         assert self._loop is not None
         pausing.prepare()
+        assert self._outputs is not None
         try:
-            self._loop.synchronise(self._progress)
+            self._copy_disks()
+            self._loop.synchronise(self._progress, self._outputs.arm)
             self._state("protected", "first checkpoint committed", epoch=1)
             while not self._switchover_ordered():
                 LOG.warning("%s: paused by its operator: no switchover", self._pair.uuid)
@@ -379,7 +436,7 @@ class Primary(Side):
                 self.agent.tell("error", error=refusal.to_dict())
             self._switchover()
         except _Unprotect as request:
-            self._leave(str(request), "unprotected")
+            self._leave(str(request), "unprotected", keep=not request.ordered)
         except exception.PeerError as error:
             self.agent.tell("error", error=error.to_dict())
             self._claim_or_yield(error.message)
@@ -438,18 +495,36 @@ class Primary(Side):
         except (exception.PmtError, OSError) as error:
             LOG.warning("%s: userfaultfd stays in QEMU until it ends: %s", self._pair.uuid, error)
 
-    def _leave(self, reason: str, state: str) -> None:
+    def _let_go(self, *, keep: bool = True) -> None:
+        """The guest may run on alone: let out what is held, and let go of its disks.
+
+        :param keep: note what it writes from here on, for the next synchronisation.
+        """
+        assert self._outputs is not None
+        try:
+            self._outputs.open(self._execution.resume, keep=keep)
+        except exception.GuestError as error:
+            LOG.error("%s: its output is not let go: %s", self._pair.uuid, error)
+            self.agent.tell("error", error=error.to_dict())
+
+    def _leave(self, reason: str, state: str, *, keep: bool = True) -> None:
         """End protection; the guest runs on. The standby must know, or have lost."""
         assert self._link is not None
         self._disarm()
-        self._link.send(RawFrame(protocol.pack_json(Type.BYE, {"reason": reason})))
+        self._link.send(RawFrame(protocol.pack_json(Type.BYE, {"reason": reason, "keep": keep})))
         if self._wait_answer((Type.BYE,), BYE_TIMEOUT_S) is Type.BYE:
+            self._let_go(keep=keep)
             self._state(state, reason)
             return
-        self._claim_or_yield(reason, state)
+        self._claim_or_yield(reason, state, keep=keep)
 
     def _claim_or_yield(
-        self, reason: str, state: str = "primary_alone", *, paused: bool = False
+        self,
+        reason: str,
+        state: str = "primary_alone",
+        *,
+        paused: bool = False,
+        keep: bool = True,
     ) -> None:
         """The standby may or may not live: whoever claims first goes on.
 
@@ -480,6 +555,7 @@ class Primary(Side):
         if not won:
             self._yield(reason)
             return
+        self._let_go(keep=keep)
         if paused:
             self._execution.resume()
         self._disarm()
@@ -500,7 +576,12 @@ class Primary(Side):
         """The standby goes on: end this domain."""
         with contextlib.suppress(exception.GuestError):
             self._domain.destroy()
+        self._abandon()
         self._state("standby_active", reason, **details)
+
+    def _abandon(self) -> None:
+        if self._outputs is not None:
+            self._outputs.abandon()
 
     def _guest_gone(self, error: exception.GuestGone) -> None:
         assert self._link is not None
@@ -516,6 +597,7 @@ class Primary(Side):
                 urgent=True,
             )
             self._wait_answer((Type.BYE,), BYE_TIMEOUT_S)
+            self._abandon()
             self._state("ended", "the guest was shut down")
             return
         reason = "the guest's QEMU died"
@@ -525,6 +607,7 @@ class Primary(Side):
         )
         self._state("failing_over", reason, detected_at=detected)
         answer = self._wait_answer((Type.ACTIVATED, Type.ERROR, Type.BYE), ACTIVATION_TIMEOUT_S)
+        self._abandon()
         if answer is Type.ACTIVATED:
             self._state("standby_active", reason, **self._answers[Type.ACTIVATED])
             return
@@ -542,7 +625,7 @@ class Primary(Side):
         try:
             self._loop.final_round(FINAL_COMMIT_TIMEOUT_S)
         except _Unprotect as request:
-            self._leave(str(request), "unprotected")
+            self._leave(str(request), "unprotected", keep=not request.ordered)
             return
         except exception.PeerError as error:
             self._claim_or_yield(error.message)

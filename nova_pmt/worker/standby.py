@@ -14,6 +14,10 @@
 
 One thread. It listens for its primary, takes checkpoints in, and when the primary is lost asks the
 arbiter: won, it loads the last committed state into its QEMU and runs; lost, it ends its domain.
+
+Its disks' images are written by a qemu-storage-daemon of ours while the waiting QEMU has them open
+but inactive; it is ended before the state is loaded, because that makes them QEMU's. Images of a
+pair that broke stay, with a record of the checkpoint that they are at.
 """
 
 from __future__ import annotations
@@ -33,14 +37,20 @@ from nova_pmt.agent.control import Lines, StandbySpec
 from nova_pmt.arbiter.load import load as load_arbiter
 from nova_pmt.checkpoint.cache import SlabCache
 from nova_pmt.guest import domain as guest_domain
+from nova_pmt.guest.disk.spec import DiskSpec
 from nova_pmt.guest.layout import Layout, TrackedBlock
 from nova_pmt.guest.vmstate import check_device_state
 from nova_pmt.replication import protocol, tls
 from nova_pmt.replication.link import Buffers, Link, RawFrame, read_frame
 from nova_pmt.replication.protocol import Header, Type
-from nova_pmt.replication.receiver import Receiver
+from nova_pmt.replication.receiver import Disks, Receiver
 from nova_pmt.standby import activation, domainxml
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from nova_pmt.standby.disks import StandbyDisks
 from nova_pmt.standby.image import StandbyImage
+from nova_pmt.standby.images import standby_disks
+from nova_pmt.standby.journal import Journal, NoDisks
 from nova_pmt.standby.settle import settle
 from nova_pmt.worker import io
 from nova_pmt.worker.side import Side
@@ -54,7 +64,14 @@ STAGING_EXTRA_BYTES = 64 << 20
 
 
 class _Cancelled(Exception):
-    """The primary goes on without us."""
+    """The primary goes on without us.
+
+    :param keep: the images are of use for the next synchronisation.
+    """
+
+    def __init__(self, reason: str, *, keep: bool = True) -> None:
+        super().__init__(reason)
+        self.keep = keep
 
 
 class _GoOn(Exception):
@@ -81,6 +98,8 @@ class Standby(Side):
         self._arbiter = load_arbiter(conf)
         self._link: Link | None = None
         self._receiver: Receiver | None = None
+        self._disk_specs = [DiskSpec.from_dict(disk) for disk in spec.disks]
+        self._disks: StandbyDisks | None = None
         self._head = b""
         self._protected = False
 
@@ -89,7 +108,7 @@ class Standby(Side):
     def buffers(self, header: Header) -> Buffers:
         """Where a payload goes."""
         assert self._receiver is not None
-        if header.type is Type.PAGES:
+        if header.type in (Type.PAGES, Type.BLOCK, Type.LOG):
             return self._receiver.buffers(header)
         return [memoryview(bytearray(header.length))]
 
@@ -99,6 +118,8 @@ class Standby(Side):
         kind = header.type
         if kind is Type.PAGES:
             self._receiver.pages(header, payload)
+        elif kind in (Type.BLOCK, Type.LOG):
+            self._receiver.disk(header, payload[0])
         elif kind is Type.COMMIT:
             if not self._head:
                 raise exception.ProtocolMismatch("primary sent a commit before the prelude")
@@ -109,7 +130,12 @@ class Standby(Side):
         elif kind is Type.PRELUDE:
             self._head = bytes(payload[0])
         elif kind is Type.BYE:
-            raise _Cancelled(str(protocol.unpack_json(payload[0]).get("reason", "no reason")))
+            data = protocol.unpack_json(payload[0])
+            raise _Cancelled(
+                str(data.get("reason", "no reason")), keep=data.get("keep", True) is True
+            )
+        elif kind is Type.COPY:
+            self._begin_copy(protocol.unpack_json(payload[0]).get("full") is not False)
         elif kind is Type.GUEST_DIED:
             reason = str(protocol.unpack_json(payload[0]).get("reason", ""))
             raise _GoOn(reason, certain=True)
@@ -122,6 +148,15 @@ class Standby(Side):
         elif kind is not Type.HEARTBEAT:
             raise exception.ProtocolMismatch(f"primary sent a {kind.name} frame")
 
+    def _begin_copy(self, full: bool) -> None:
+        if self._disks is None or self._receiver is None or self._receiver.committed:
+            raise exception.ProtocolMismatch("primary sent a COPY frame at the wrong time")
+        if full:
+            self._disks.recreate()
+        else:
+            self._disks.reuse()
+        self._disks.open()
+
     def _acknowledge(self, epoch: int) -> None:
         assert self._link is not None
         self._link.send(RawFrame(Header(Type.COMMITTED, 0, epoch).pack()))
@@ -132,7 +167,7 @@ class Standby(Side):
     def _on_command(self, message: dict[str, Any]) -> None:
         command = message.get("command")
         if command == "unprotect":
-            raise _Cancelled("on request")
+            raise _Cancelled("on request", keep=False)
         if command == "takeover":
             raise _GoOn("ordered by the operator", certain=True)
         LOG.warning("%s: agent sent unknown command %r", self._pair.uuid, command)
@@ -156,6 +191,7 @@ class Standby(Side):
             try:
                 connection = guest_domain.connect(self._conf.guest.libvirt_uri)
                 stack.callback(connection.close)
+                self._create_disks(stack)
                 self._domain = self._create_domain(connection)
             except exception.PmtError as error:
                 self._end_with_error(error)
@@ -163,7 +199,7 @@ class Standby(Side):
             try:
                 self._wait(stack)
             except _Cancelled as reason:
-                self._cancel(str(reason), "cancelled")
+                self._cancel(str(reason), "cancelled", keep=reason.keep)
             except _GoOn as order:
                 self._go_on(str(order), order.certain)
             except exception.PeerError as error:
@@ -189,14 +225,41 @@ class Standby(Side):
         self.agent.tell("error", error=error.to_dict())
         self._cancel(error.message, "cancelled")
 
-    def _cancel(self, reason: str, state: str) -> None:
+    def _cancel(self, reason: str, state: str, *, keep: bool = True) -> None:
         with contextlib.suppress(exception.GuestError):
             self._domain.destroy()
+        self._put_away_disks(keep)
         if self._link is not None:
             with contextlib.suppress(exception.PeerError):
                 self._link.send(RawFrame(protocol.pack_json(Type.BYE, {"reason": reason})))
                 self._link.flush()
         self._state(state, reason)
+
+    def _create_disks(self, stack: contextlib.ExitStack) -> None:
+        """Images for the domain to start with: those of last time, or empty ones.
+
+        :raises nova_pmt.exception.PmtError: they cannot be made; what was there is untouched.
+        """
+        if not self._disk_specs:
+            return
+        disks = standby_disks(self._conf, self._pair.uuid, self._disk_specs)
+        for refusal in disks.check():
+            raise refusal
+        disks.create()
+        self._disks = stack.enter_context(disks)
+
+    def _put_away_disks(self, keep: bool) -> None:
+        """The images stay, with a note of what they hold, or go."""
+        if self._disks is None:
+            return
+        committed = self._receiver.committed if self._receiver is not None else 0
+        try:
+            if keep and committed:
+                self._disks.close(self._pair.generation, committed)
+            elif not keep or not self._disks.kept:
+                self._disks.remove()
+        except (exception.PmtError, OSError) as error:
+            LOG.warning("%s: images of its disks: %s", self._pair.uuid, error)
 
     def _create_domain(self, connection: libvirt.virConnect) -> guest_domain.Domain:
         path = domainxml.monitor_path(guest_domain.qmp_directory(self._conf), self._pair.uuid)
@@ -236,7 +299,9 @@ class Standby(Side):
         self._image = image
         staging = SlabCache(self._layout.page_count * 4096 + STAGING_EXTRA_BYTES)
         stack.callback(staging.close)
-        self._receiver = Receiver(image, staging, self._acknowledge, check_device_state)
+        self._receiver = Receiver(
+            image, self._journal(), staging, self._acknowledge, check_device_state
+        )
         listener = stack.enter_context(self._listen())
         self.agent.tell(
             "ready",
@@ -263,6 +328,11 @@ class Standby(Side):
             if time.monotonic() >= next_stats:
                 next_stats = time.monotonic() + STATS_EVERY_S
                 self._tell_stats()
+
+    def _journal(self) -> Disks:
+        if self._disks is None:
+            return NoDisks()
+        return Journal(self._disks, self._disk_specs)
 
     def _tell_stats(self) -> None:
         if self._link is not None and self._receiver is not None:
@@ -323,8 +393,13 @@ class Standby(Side):
                 protocol.unpack_json(payload),
                 asdict(self._pair),
                 [block.to_dict() for block in self._layout.blocks],
+                self._spec.disks,
             )
-            sock.sendall(protocol.pack_json(Type.WELCOME, {"protocol": protocol.VERSION}))
+            sock.sendall(
+                protocol.pack_json(
+                    Type.WELCOME, {"protocol": protocol.VERSION, "images": self._kept_images()}
+                )
+            )
         except exception.PeerError as error:
             with contextlib.suppress(OSError):
                 sock.sendall(protocol.pack_json(Type.ERROR, error.to_dict()))
@@ -334,6 +409,13 @@ class Standby(Side):
             sock.close()
             raise tls.refused(error, self._pair.primary_host) from error
         return sock
+
+    def _kept_images(self) -> dict[str, int] | None:
+        """Which checkpoint the images of last time are at."""
+        if self._disks is None or self._disks.kept is None:
+            return None
+        generation, epoch = self._disks.kept
+        return {"generation": generation, "epoch": epoch}
 
     # -- going on -----------------------------------------------------------------------
 
@@ -350,6 +432,10 @@ class Standby(Side):
         self._state("failing_over", reason, detected_at=detected)
         planned = reason == "planned switchover"
         try:
+            faultpoint.reach("failover.disks")
+            if self._disks is not None:
+                self._disks.release()
+            released = time.monotonic()
             # Loading takes a few ms and decides nothing: do it while a living primary may claim.
             activation.load(
                 self._monitor,
@@ -360,7 +446,7 @@ class Standby(Side):
             )
             loaded = time.monotonic()
             faultpoint.reach("failover.loaded")
-        except exception.GuestError as error:
+        except (exception.GuestError, exception.PeerError) as error:
             self._refuse(error)
             return
         if not certain:
@@ -379,12 +465,15 @@ class Standby(Side):
             return
         running = time.monotonic()
         faultpoint.reach("failover.resumed")
+        if self._disks is not None:
+            self._disks.became_primary()
         times = {
             "epoch": self._receiver.committed,
             "planned": planned,
             "detected_at": detected,
             "running_at": running,
-            "load_ms": round((loaded - detected) * 1e3, 2),
+            "disks_ms": round((released - detected) * 1e3, 2),
+            "load_ms": round((loaded - released) * 1e3, 2),
             "claim_ms": round((claimed - loaded) * 1e3, 2),
             "resume_ms": round((running - claimed) * 1e3, 2),
             "failover_ms": round((running - detected) * 1e3, 2),

@@ -32,6 +32,7 @@ from nova_pmt.agent import control
 from nova_pmt.arbiter.file import FileArbiter
 from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest import layout
+from nova_pmt.guest.disk import discover
 from nova_pmt.guest.monitor import LibvirtMonitor
 from nova_pmt.lab import LabGuest, LabHost, deployment, process
 from nova_pmt.standby import domainxml
@@ -168,16 +169,21 @@ class WorkerPair:
         return self.primary.wait_stats(lambda stats: stats["rounds"] >= count, timeout_s)
 
 
-def describe(guest: LabGuest) -> tuple[str, list[dict[str, Any]]]:
-    """Migratable XML and memory layout, through libvirt."""
+def describe(guest: LabGuest) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Migratable XML, memory layout and disks, through libvirt."""
     connection = guest_domain.connect(guest.host.libvirt_uri)
     try:
         domain = guest_domain.Domain.find(connection, guest.uuid)
         with LibvirtMonitor(domain.handle, connection) as monitor:
             blocks = layout.discover(monitor)
+            disks = discover.disks(domain.xml(), monitor)
         flags = libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_SECURE
         xml = domainxml.with_mark(domain.xml(flags), domainxml.Mark(0, "", domain.persistent))
-        return xml, [block.to_dict() for block in blocks.blocks]
+        return (
+            xml,
+            [block.to_dict() for block in blocks.blocks],
+            [disk.spec.to_dict() for disk in disks],
+        )
     finally:
         connection.close()
 
@@ -199,12 +205,12 @@ def protect(
     :param endpoint: replaces where the primary connects to (a proxy).
     :param alter_pair: what the primary believes the pair to be.
     """
-    xml, blocks = describe(guest)
+    xml, blocks, disks = describe(guest)
     pair = control.Pair(guest.uuid, guest.name, next(_generations), guest.host.name, standby.name)
     shared = SimpleNamespace(directory=str(guest.host.lab.ctl.path(deployment.ARBITER)))
     FileArbiter(SimpleNamespace(arbiter=shared)).challenge(guest.uuid)
     with contextlib.ExitStack() as stack:
-        waiting = Worker(standby, control.StandbySpec(pair, xml, blocks), standby_env, config)
+        waiting = Worker(standby, control.StandbySpec(pair, xml, blocks, disks), standby_env, config)
         stack.callback(waiting.close)
         ready = waiting.wait(lambda event: event["event"] in ("ready", "error"))
         assert ready["event"] == "ready", ready

@@ -215,7 +215,7 @@ def test_a_writable_disk_is_refused_before_anything_changes(
     from nova_pmt.lab import Disk
 
     one.path("/var/lib/libvirt/images").mkdir(parents=True, exist_ok=True)
-    guest = boot(one, disk=Disk("/var/lib/libvirt/images/refused.qcow2"))
+    guest = boot(one, disks=(Disk("/var/lib/libvirt/images/refused.qcow2"),))
     result = deployment.operate(agents, "check", guest.name, "--standby", two.name, check=False)
     assert result.returncode == 3
     assert "DISK_NOT_REPLICATED" in result.stdout + result.stderr

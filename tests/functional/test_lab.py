@@ -351,7 +351,7 @@ def test_guest_without_nic_and_with_disk(lab):
     host = lab.computes[1]
     disk = Disk("/var/lib/nova_pmt/disk.qcow2", size_mib=8)
     workload = Workload(tick_ms=5, console_every=20, dirty_once=100)
-    guest = host.boot(GuestSpec("quiet", nic=False, disk=disk, workload=workload)).wait_ready()
+    guest = host.boot(GuestSpec("quiet", nic=False, disks=(disk,), workload=workload)).wait_ready()
     guest.wait_console("TICK 40\n")
     assert "TICK 30" not in guest.console()
     assert "ERROR" not in guest.console()

@@ -31,6 +31,7 @@ class Nic:
     :param mac: the guest's address, for people.
     :param tap: the host's interface; None when there is none.
     :param vhost: packets bypass QEMU (vhost-net in the kernel).
+    :param queues: pairs of queues.
     """
 
     alias: str
@@ -38,6 +39,7 @@ class Nic:
     mac: str
     tap: str | None
     vhost: bool
+    queues: int = 1
 
 
 class EgressBuffer(ABC):
@@ -76,14 +78,18 @@ class EgressBuffer(ABC):
         """End of the epoch's packets: called in the pause; must not block or allocate."""
 
     @abstractmethod
-    def release(self, epoch: int) -> None:
-        """Checkpoint ``epoch`` is committed: let out what was held up to its cut. Does not wait."""
+    def release(self, epoch: int) -> float | None:
+        """Checkpoint ``epoch`` is committed: let out what was held up to its cut. Does not wait.
+
+        :returns: seconds for which its oldest packet was held; None when there was none, or
+            nobody knows.
+        """
 
     @abstractmethod
     def detach(self) -> None:
         """Let out all that is held, in order, and take the buffer off the guest.
 
-        Called only when the guest may go on unprotected. The guest may be running or paused.
+        Called only when the guest may go on unprotected. The guest is paused meanwhile.
 
         :raises nova_pmt.exception.GuestError: it did not work; packets stay held or are dropped.
         """
@@ -101,6 +107,11 @@ class EgressBuffer(ABC):
 
         :returns: whether there was something to take off.
         """
+
+    @property
+    def broken(self) -> str:
+        """Why nothing passes any more; empty while it works."""
+        return ""
 
     @property
     @abstractmethod

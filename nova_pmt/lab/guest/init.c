@@ -16,6 +16,7 @@
  * which cost more than a second under TCG.
  */
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <net/if.h>
@@ -30,10 +31,10 @@
 
 #include "workload.h"
 
-static void load_modules(void)
+static void load_modules(const char *list)
 {
     char name[64], path[96];
-    FILE *order = fopen("/modules/order", "r");
+    FILE *order = fopen(list, "r");
     while (order && fscanf(order, "%63s", name) == 1) {
         snprintf(path, sizeof path, "/modules/%s.ko", name);
         int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -88,17 +89,53 @@ static void write_file(const char *path, const char *text)
         close(fd);
 }
 
+static int count_block_devices(const char *prefix)
+{
+    int count = 0;
+    DIR *directory = opendir("/sys/block");
+    for (struct dirent *entry; directory && (entry = readdir(directory));)
+        count += !strncmp(entry->d_name, prefix, strlen(prefix));
+    if (directory)
+        closedir(directory);
+    return count;
+}
+
+/* The kernel looks for SCSI disks beside all else; wait until it has found them. */
+static void start_scsi(int disks)
+{
+    load_modules("/modules/order.scsi");
+    for (int i = 0; i < 2000 && count_block_devices("sd") < disks; i++)
+        usleep(5000);
+    if (count_block_devices("sd") < disks)
+        fprintf(stderr, "ERROR %d of %d SCSI disks\n", count_block_devices("sd"), disks);
+}
+
 void start_machine(void)
 {
     const char *address = getenv("guest_ip");
     mount("dev", "/dev", "devtmpfs", 0, NULL);
     mount("proc", "/proc", "proc", 0, NULL);
     mount("sysfs", "/sys", "sysfs", 0, NULL);
-    load_modules();
+    load_modules("/modules/order");
     start_interface("lo", NULL);
     /* Say so when the address is up: the neighbours may know it from an earlier guest. */
     write_file("/proc/sys/net/ipv4/conf/default/arp_notify", "1");
     write_file("/proc/sys/net/ipv4/conf/all/arp_notify", "1");
+    /* Room for the data of 30 ms, for which a protected guest waits for each acknowledgement: a
+     * window is half of the buffer. The last are pages, which the kernel derives from its memory. */
+    write_file("/proc/sys/net/ipv4/tcp_rmem", "4096 131072 16777216");
+    write_file("/proc/sys/net/ipv4/tcp_wmem", "4096 65536 16777216");
+    write_file("/proc/sys/net/ipv4/tcp_mem", "8192 10240 12288");
     if (address && start_interface("eth0", address))
         fprintf(stderr, "ERROR eth0: %s\n", strerror(errno));
+    for (int number = 1; number < 10; number++) {
+        char name[IFNAMSIZ];
+        snprintf(name, sizeof name, "eth%d", number);
+        if (!if_nametoindex(name))
+            break;
+        if (start_interface(name, NULL))
+            fprintf(stderr, "ERROR %s: %s\n", name, strerror(errno));
+    }
+    if (getenv("scsi_disks"))
+        start_scsi(atoi(getenv("scsi_disks")));
 }

@@ -108,7 +108,9 @@ class FakeHost:
     def describe(self, uuid: str) -> GuestDescription:
         return GuestDescription("<domain/>", [{"name": "pc.ram", "size": 1 << 27}], 1 << 27)
 
-    def check_standby(self, uuid: str, memory_bytes: int) -> list[exception.Refusal]:
+    def check_standby(
+        self, uuid: str, memory_bytes: int, disks: list[dict[str, Any]]
+    ) -> list[exception.Refusal]:
         return list(self.standby_refusals)
 
     def is_running(self, uuid: str) -> bool:

@@ -65,7 +65,9 @@ def test_pause_holds_the_wire_and_saves_before_it_resumes(world: World) -> None:
         "hold",
         "pause",
         "scan",
-        "cut",
+        "cut",  # the network first: it is in the pause for the shortest time
+        "disk.cut",
+        "disk.cut",
         "saved",
         "resume",
         "go_on",

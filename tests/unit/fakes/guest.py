@@ -59,6 +59,7 @@ class Guest:
         self.paused = False
         self.paused_steps = 0
         self.meddle: Callable[[], None] | None = None
+        self.on_pause: Callable[[int], None] = lambda _number: None
         self._serial = 0
 
     def step(self) -> None:
@@ -158,6 +159,7 @@ class FakeExecution:
         self.guest.paused = True
         self.guest.paused_steps = 0
         self.snapshots[self.pauses] = self.guest.ram.copy()
+        self.guest.on_pause(self.pauses)
         self._saving = True
         self.faults.leave()
 
@@ -167,6 +169,12 @@ class FakeExecution:
         self.clock_step("saved")
         self._saving = False
         self._state = device_state(self.pauses)
+        self.faults.leave()
+
+    def hold(self) -> None:
+        self.faults.enter("hold guest")
+        assert not self.guest.paused, "stopped twice"
+        self.guest.paused = True
         self.faults.leave()
 
     def resume(self) -> None:
@@ -206,6 +214,8 @@ class FakeOutput:
     def __init__(self, guest: Guest, faults: Faults | None = None) -> None:
         self.cuts: list[int] = []
         self.released: list[int] = []
+        self.pressure = 0.0
+        self.broken = ""
         self._guest = guest
         self._faults = faults or Faults()
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from nova_pmt.replication.link import Buffers, FrameReader, Outgoing
 from nova_pmt.replication.protocol import HEADER, Header, Type
 from nova_pmt.replication.receiver import Receiver
 from nova_pmt.standby.image import StandbyImage
+from tests.unit.fakes.disk import journal
 
 
 def two_blocks(page_count: int, side_pages: int) -> Layout:
@@ -64,12 +65,15 @@ class AsideImage(StandbyImage):
 class FakeStandby:
     """Receiver and image behind a frame reader, as the standby worker has them."""
 
-    def __init__(self, layout: Layout, staging_bytes: int) -> None:
+    def __init__(self, layout: Layout, staging_bytes: int, disks: Sequence[int] = ()) -> None:
         self.image = AsideImage(layout)
+        self.journal, self.images = journal(disks)
         self.staging = SlabCache(staging_bytes)
         self.acknowledged: list[int] = []
         self.images_at_acknowledge: list[int] = []
-        self.receiver = Receiver(self.image, self.staging, self._acknowledge, check_device_state)
+        self.receiver = Receiver(
+            self.image, self.journal, self.staging, self._acknowledge, check_device_state
+        )
         self.reader = FrameReader(self)
         self.frames: list[Header] = []
         self.commit_frames: list[bytes] = []
@@ -79,7 +83,7 @@ class FakeStandby:
         self.images_at_acknowledge.append(self.image.writes)
 
     def buffers(self, header: Header) -> Buffers:
-        if header.type is Type.PAGES:
+        if header.type in (Type.PAGES, Type.BLOCK, Type.LOG):
             return self.receiver.buffers(header)
         return [memoryview(bytearray(header.length))]
 
@@ -87,6 +91,8 @@ class FakeStandby:
         self.frames.append(header)
         if header.type is Type.PAGES:
             self.receiver.pages(header, payload)
+        elif header.type in (Type.BLOCK, Type.LOG):
+            self.receiver.disk(header, payload[0])
         elif header.type is Type.COMMIT:
             self.receiver.commit(header, payload[0])
 

@@ -29,6 +29,7 @@ from nova_pmt.checkpoint.round import Checkpointer
 from nova_pmt.checkpoint.statistics import RoundRecord
 from nova_pmt.replication import receiver
 from nova_pmt.replication.sender import Sender
+from tests.unit.fakes.disk import SECTOR, FakeDisk
 from tests.unit.fakes.guest import (
     FakeExecution,
     FakeMemory,
@@ -85,6 +86,7 @@ class World:
         seed: int = 0,
         chaos: float = 0.0,
         late_commits: bool = False,
+        disk_sectors: tuple[int, ...] = (64, 200),
     ) -> None:
         self.rng = random.Random(seed)
         self.chaos = chaos
@@ -95,8 +97,12 @@ class World:
         self.execution = FakeExecution(self.guest, self.faults)
         self.output = FakeOutput(self.guest, self.faults)
         self.standby = FakeStandby(
-            two_blocks(page_count, side_pages), staging_slabs * slab_cache.SLAB_BYTES
+            two_blocks(page_count, side_pages),
+            staging_slabs * slab_cache.SLAB_BYTES,
+            [sectors * SECTOR for sectors in disk_sectors],
         )
+        self.disks = [FakeDisk(self.guest, sectors, self.faults) for sectors in disk_sectors]
+        self.guest.on_pause = self._on_pause
         self.link = FakeLink(self.standby.feed)
         self.sender = Sink(self.link, self.faults)
         self.cache = SlabCache(cache_slabs * slab_cache.SLAB_BYTES)
@@ -106,10 +112,11 @@ class World:
             self.execution,
             self.sender,
             self.cache,
-            outputs=(self.output,),
+            logs=dict(enumerate(self.disks)),
             on_round=self.records.append,
         )
         self.checkpointer.world = self
+        self.checkpointer.arm((self.output,))
         self.told = 0
         self.waited = 0
         self._checked = (0, 0)
@@ -126,6 +133,31 @@ class World:
             self.progress()
         elif not self.guest.paused:
             self.write_some(self.rng.choice((1, 3, 40)))
+            self.write_disks()
+
+    def _on_pause(self, number: int) -> None:
+        for disk in self.disks:
+            disk.pause(number)
+
+    def write_disks(self) -> None:
+        """The guest writes to one of its disks, or none."""
+        if not self.disks or self.rng.random() < 0.5:
+            return
+        disk = self.rng.choice(self.disks)
+        sectors = len(disk.data) // SECTOR
+        first = self.rng.randrange(sectors)
+        count = self.rng.randint(1, min(20, sectors - first))
+        disk.write(first, count, discard=self.rng.random() < 0.2)
+
+    def blocks(self) -> Iterator[tuple[int, int, memoryview]]:
+        """The disks, block by block, while the guest writes on them."""
+        for number, disk in enumerate(self.disks):
+            for at in range(0, len(disk.data), 5 * SECTOR):
+                if self.chaos:
+                    self.meddle()
+                yield number, at, memoryview(bytes(disk.data[at : at + 5 * SECTOR]))
+
+    total_bytes = 1
 
     def write_some(self, count: int) -> None:
         """The guest writes pages that lie together, as guests do."""
@@ -168,6 +200,9 @@ class World:
 
     def synchronise(self) -> None:
         """First synchronisation and the commit of checkpoint 1."""
+        for disk in self.disks:
+            disk.logging = True
+        self.checkpointer.copy_disks(self)
         self.checkpointer.synchronise()
         self.round()
         self.settle()
@@ -203,6 +238,10 @@ class World:
         pause = pause_of(receiver.device_state)
         snapshots = self.execution.snapshots
         assert np.array_equal(image.contents(), snapshots[pause])
+        for disk, found in zip(self.disks, self.standby.images.data, strict=True):
+            assert found == disk.snapshots[pause]
+            for old in [number for number in disk.snapshots if number < pause]:
+                del disk.snapshots[old]
         for old in [number for number in snapshots if number < pause]:
             del snapshots[old]
 

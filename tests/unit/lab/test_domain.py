@@ -79,9 +79,43 @@ def test_without_nic_no_interface_and_no_address():
 
 
 def test_disk():
-    disk = parsed(GuestSpec("g", disk=Disk("/x/y.raw", format="raw"))).find("devices/disk")
+    disk = parsed(GuestSpec("g", disks=(Disk("/x/y.raw", format="raw"),))).find("devices/disk")
     assert disk.find("source").get("file") == "/x/y.raw"
     assert disk.find("driver").get("type") == "raw"
+    assert disk.find("driver").get("discard") == "unmap"
+    assert disk.find("readonly") is None
+
+
+def test_disks_are_named_by_bus_and_order():
+    disks = (
+        Disk("/a"),
+        Disk("/b", bus="scsi", readonly=True),
+        Disk("/c", discard="ignore"),
+        Disk("/d", bus="scsi"),
+    )
+    spec = GuestSpec("g", disks=disks)
+    domain = parsed(spec)
+    targets = [(t.get("dev"), t.get("bus")) for t in domain.findall("devices/disk/target")]
+    assert targets == [("vda", "virtio"), ("sda", "scsi"), ("vdb", "virtio"), ("sdb", "scsi")]
+    assert spec.disk_names == ("vda", "sda", "vdb", "sdb")
+    assert [d.find("readonly") is not None for d in domain.iter("disk")] == [0, 1, 0, 0]
+    (controller,) = domain.findall("devices/controller[@type='scsi']")
+    assert controller.get("model") == "virtio-scsi"
+    assert "scsi_disks=2" in domain.findtext("os/cmdline").split()
+
+
+def test_without_scsi_disk_no_controller_and_no_modules():
+    domain = parsed(GuestSpec("g", disks=(Disk("/a"),)))
+    assert domain.find("devices/controller[@type='scsi']") is None
+    assert "scsi" not in domain.findtext("os/cmdline")
+
+
+def test_more_nics_have_addresses_of_their_own():
+    spec = GuestSpec("g", extra_nics=2)
+    assert spec.mac == spec.macs[0] == GuestSpec("g").mac
+    assert len(set(spec.macs)) == 3
+    macs = [m.get("address") for m in parsed(spec).findall("devices/interface/mac")]
+    assert tuple(macs) == spec.macs
 
 
 def test_workload_goes_to_the_kernel_command_line_as_numbers():

@@ -46,6 +46,7 @@ PAIR = {
     "primary_host": "one",
     "standby_host": "two",
 }
+DISKS = [{"name": "vda", "format": "raw", "path": "/vda", "size": 512, "readonly": False}]
 LAYOUT = [{"name": "pc.ram", "length": 4096, "first_page": 0, "main": True}]
 
 
@@ -256,21 +257,21 @@ def test_the_digest_covers_numbers_pages_and_devices_in_their_order() -> None:
 
 
 def greeting(**changes: Any) -> dict[str, Any]:
-    data = json.loads(protocol.hello(PAIR, LAYOUT)[HEADER.size :])
+    data = json.loads(protocol.hello(PAIR, LAYOUT, DISKS)[HEADER.size :])
     data.update(changes)
     return data
 
 
 def test_the_right_primary_is_welcome() -> None:
-    protocol.check_hello(greeting(), PAIR, LAYOUT)
+    protocol.check_hello(greeting(), PAIR, LAYOUT, DISKS)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"protocol": 2}, {"protocol": None}, {"page_size": 16384}, {"pair": "x"}]
+    "changes", [{"protocol": 1}, {"protocol": 3}, {"protocol": None}, {"page_size": 16384}, {"pair": "x"}]
 )
 def test_another_version_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(exception.ProtocolMismatch) as caught:
-        protocol.check_hello(greeting(**changes), PAIR, LAYOUT)
+        protocol.check_hello(greeting(**changes), PAIR, LAYOUT, DISKS)
     assert caught.value.code == "PROTOCOL_MISMATCH"
     assert "same protocol version" in caught.value.cure
 
@@ -287,7 +288,7 @@ def test_another_version_is_refused(changes: dict[str, Any]) -> None:
 )
 def test_another_pair_is_refused(key: str, value: Any) -> None:
     with pytest.raises(exception.PairMismatch, match=key):
-        protocol.check_hello(greeting(pair={**PAIR, key: value}), PAIR, LAYOUT)
+        protocol.check_hello(greeting(pair={**PAIR, key: value}), PAIR, LAYOUT, DISKS)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,18 @@ def test_another_pair_is_refused(key: str, value: Any) -> None:
 )
 def test_another_memory_layout_is_refused(layout: Any) -> None:
     with pytest.raises(exception.PairMismatch, match="layout"):
-        protocol.check_hello(greeting(layout=layout), PAIR, LAYOUT)
+        protocol.check_hello(greeting(layout=layout), PAIR, LAYOUT, DISKS)
+
+
+@pytest.mark.parametrize("disks", [[], None, DISKS * 2, [{**DISKS[0], "size": 1024}]])
+def test_other_disks_are_refused(disks: Any) -> None:
+    with pytest.raises(exception.PairMismatch, match="disks"):
+        protocol.check_hello(greeting(disks=disks), PAIR, LAYOUT, DISKS)
+
+
+@given(st.integers(0, protocol.MAX_DISKS - 1), st.integers(0, 2**56 - 1))
+def test_a_value_names_a_disk_and_an_offset(disk: int, offset: int) -> None:
+    assert protocol.disk_of(protocol.disk_value(disk, offset)) == (disk, offset)
 
 
 def over_a_socket(send: Callable[[socket.socket], None]) -> tuple[Header, bytes]:
@@ -318,7 +330,7 @@ def over_a_socket(send: Callable[[socket.socket], None]) -> tuple[Header, bytes]
 
 
 def test_the_first_frame_is_read_whole_though_it_comes_in_drops() -> None:
-    frame = protocol.hello(PAIR, LAYOUT)
+    frame = protocol.hello(PAIR, LAYOUT, DISKS)
 
     def drops(sock: socket.socket) -> None:
         for at in range(len(frame)):
@@ -326,13 +338,13 @@ def test_the_first_frame_is_read_whole_though_it_comes_in_drops() -> None:
 
     header, payload = over_a_socket(drops)
     assert header.type is Type.HELLO
-    protocol.check_hello(protocol.unpack_json(payload), PAIR, LAYOUT)
+    protocol.check_hello(protocol.unpack_json(payload), PAIR, LAYOUT, DISKS)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 24, 60])
 def test_a_peer_that_leaves_in_the_handshake_is_lost(keep: int) -> None:
     with pytest.raises(exception.PeerLost):
-        over_a_socket(lambda sock: sock.sendall(protocol.hello(PAIR, LAYOUT)[:keep]))
+        over_a_socket(lambda sock: sock.sendall(protocol.hello(PAIR, LAYOUT, DISKS)[:keep]))
 
 
 def test_a_peer_that_says_nothing_is_lost() -> None:

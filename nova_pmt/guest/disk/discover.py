@@ -1,0 +1,222 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Which disks a running guest has: what libvirt says of them, and where they are in its QEMU."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from typing import Any
+
+from nova_pmt import exception
+from nova_pmt.exception import Refusal
+from nova_pmt.guest import checks
+from nova_pmt.guest.disk.spec import DiskSpec
+from nova_pmt.guest.monitor import Monitor, QmpCommandError
+
+#: Names of the block nodes that are ours: the filter above a disk, and the file it writes to.
+FILTER_PREFIX, FILE_PREFIX = "pmt-log-", "pmt-file-"
+#: What QEMU must know for the replication of disks.
+COMMANDS = (
+    "blockdev-add",
+    "blockdev-del",
+    "qom-set",
+    "nbd-server-start",
+    "block-export-add",
+    "block-dirty-bitmap-add",
+    "block-dirty-bitmap-merge",
+)
+#: Drivers of the block node that a disk of a format has in QEMU. libvirt 10 and newer leave the
+#: node of the format out for raw images.
+DRIVERS = {"qcow2": ("qcow2",), "raw": ("raw", "file")}
+_PROBE = "pmt-probe"
+#: A node's name has at most 31 characters, so nodes are named after the target, not the alias.
+_TARGET = re.compile(r"[a-z]{2,6}[a-z0-9]{0,6}")
+_ALIAS = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+@dataclass(frozen=True)
+class GuestDisk:
+    """A disk of a running guest.
+
+    :param alias: libvirt's device alias (``virtio-disk0``).
+    :param qom_path: of the object in QEMU that has the property ``drive``.
+    :param node: block node of the image, below any filter of ours.
+    :param discard: discards of the guest reach the image.
+    :param cluster_bytes: of the image: the guest's discards free whole ones only; 0 for raw.
+    """
+
+    spec: DiskSpec
+    alias: str
+    qom_path: str
+    node: str
+    discard: bool = False
+    cluster_bytes: int = 0
+
+    @property
+    def filter_node(self) -> str:
+        """Name of the filter that logs its writes."""
+        return FILTER_PREFIX + self.spec.name
+
+    @property
+    def file_node(self) -> str:
+        """Name of the node of the filter's log."""
+        return FILE_PREFIX + self.spec.name
+
+
+def disks(xml: str, monitor: Monitor) -> tuple[GuestDisk, ...]:
+    """The guest's disks that are replicated, in the order of the XML. Changes nothing.
+
+    :param xml: of the running domain, with its aliases (not the one for migration).
+    :raises nova_pmt.exception.Refusal: one of them cannot be replicated.
+    :raises nova_pmt.exception.GuestError: QEMU has not what libvirt says.
+    """
+    for refusal in checks.disk_refusals(xml):
+        raise refusal
+    nodes = {
+        str(node.get("node-name", "")): node
+        for node in monitor.execute("query-named-block-nodes", flat=True)
+    }
+    found = []
+    for disk in ET.fromstring(xml).findall("devices/disk"):
+        source = disk.find("source")
+        path = source.get("file") if source is not None else None
+        if path:
+            found.append(_disk(disk, path, nodes, monitor))
+    return tuple(found)
+
+
+def _disk(
+    disk: ET.Element, path: str, nodes: dict[str, dict[str, Any]], monitor: Monitor
+) -> GuestDisk:
+    target, alias_element, driver = disk.find("target"), disk.find("alias"), disk.find("driver")
+    name = target.get("dev", "") if target is not None else ""
+    alias = alias_element.get("name", "") if alias_element is not None else ""
+    if not _TARGET.fullmatch(name) or not _ALIAS.fullmatch(alias):
+        raise exception.GuestError(f"libvirt names no target and alias of disk '{name}' ({path})")
+    qom_path = f"/machine/peripheral/{alias}"
+    if target is not None and target.get("bus") == "virtio":
+        qom_path += "/virtio-backend"
+    node = below_filters(attached_node(qom_path, monitor), monitor)
+    info = nodes.get(node)
+    if info is None:
+        raise exception.GuestError(f"QEMU has no named block node behind disk {name} ('{node}')")
+    options = driver.attrib if driver is not None else {}
+    form = options.get("type", "raw")
+    if info.get("drv") not in DRIVERS[form]:
+        raise exception.UnsupportedDisk(
+            f"disk {name} is {form} for libvirt, but '{info.get('drv')}' in QEMU",
+            cure="End block jobs and remove filters on this disk, or detach it.",
+        )
+    file = str(info.get("file", path))
+    if not file.startswith("json:") and file != path:
+        raise exception.GuestError(f"disk {name} is {path} for libvirt, but {file} in QEMU")
+    readonly = checks.disk_is_readonly(disk)
+    if bool(info.get("ro")) != readonly:
+        says = "read-only" if readonly else "writable"
+        raise exception.GuestError(f"disk {name} is {says} for libvirt, but not in QEMU")
+    image = info.get("image") or {}
+    spec = {
+        "name": name,
+        "format": form,
+        "path": path,
+        "size": image.get("virtual-size"),
+        "readonly": readonly,
+    }
+    try:
+        return GuestDisk(
+            DiskSpec.from_dict(spec),
+            alias,
+            qom_path,
+            node,
+            options.get("discard") == "unmap",
+            int(image.get("cluster-size", 0)),
+        )
+    except (TypeError, ValueError) as error:
+        raise exception.UnsupportedDisk(f"disk {name} cannot be replicated: {error}") from error
+
+
+def attached_node(qom_path: str, monitor: Monitor) -> str:
+    """The block node that a device works on now.
+
+    :raises nova_pmt.exception.GuestError: there is no such device, or nothing is in it.
+    """
+    try:
+        node = monitor.execute("qom-get", path=qom_path, property="drive")
+    except QmpCommandError as error:
+        raise exception.GuestError(f"QEMU has no disk at {qom_path}: {error.message}") from error
+    if not isinstance(node, str) or not node:
+        raise exception.GuestError(f"the drive at {qom_path} is empty in QEMU")
+    return node
+
+
+def below_filters(node: str, monitor: Monitor) -> str:
+    """The node itself, or the one below it when it is a filter of ours.
+
+    :raises nova_pmt.exception.GuestError: QEMU does not tell what is below.
+    """
+    if not node.startswith(FILTER_PREFIX):
+        return node
+    for entry in monitor.execute("query-blockstats", **{"query-nodes": True}):
+        if entry.get("node-name") == node:
+            below = str((entry.get("parent") or {}).get("node-name", ""))
+            if below and not below.startswith((FILTER_PREFIX, FILE_PREFIX)):
+                return below
+    raise exception.GuestError(f"QEMU does not tell what lies below block node '{node}'")
+
+
+def _loses_zeroes(version: tuple[int, int, int]) -> bool:
+    """Whether this QEMU writes a wrong log when the guest writes zeros beside other things.
+
+    Repaired upstream by commit a9c8ea95470c (January 2024).
+    """
+    return (
+        version < (7, 2, 9) or (8, 0, 0) <= version < (8, 1, 5) or (8, 2, 0) <= version < (8, 2, 1)
+    )
+
+
+def problems(monitor: Monitor) -> list[Refusal]:
+    """Why this QEMU cannot replicate disks. Leaves it as it was. Empty: it can."""
+    found: list[Refusal] = []
+    names = {entry["name"] for entry in monitor.execute("query-commands")}
+    missing = [command for command in COMMANDS if command not in names]
+    if missing:
+        return [exception.UnsupportedQemu(f"QEMU has no command '{missing[0]}'")]
+    qemu = monitor.execute("query-version")["qemu"]
+    version = (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
+    if _loses_zeroes(version):
+        found.append(
+            exception.UnsupportedQemu(
+                f"QEMU {'.'.join(map(str, version))} logs writes of zeros wrongly",
+                cure="Use QEMU 7.2.9, 8.1.5, 8.2.1 or newer.",
+            )
+        )
+    try:
+        # The schema lists drivers that a distribution left out, so try it on an empty disk.
+        monitor.execute(
+            "blockdev-add",
+            driver="blklogwrites",
+            file={"driver": "null-co", "size": 512},
+            log={"driver": "null-co", "size": 512},
+            **{"node-name": _PROBE},
+        )
+        monitor.execute("blockdev-del", **{"node-name": _PROBE})
+    except QmpCommandError as error:
+        found.append(
+            exception.UnsupportedQemu(
+                f"QEMU has not the block driver 'blklogwrites': {error.message}",
+                cure="Use a QEMU that has it: Debian's and Ubuntu's have, Red Hat's leave it out.",
+            )
+        )
+    return found

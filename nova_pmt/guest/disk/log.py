@@ -1,0 +1,360 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Write log of a disk of a running guest: QEMU's ``blklogwrites`` filter above the disk.
+
+QEMU writes to the image first and to the log then, and completes the guest's request after both;
+when it has stopped the guest all requests are done, so the log holds whole entries, exactly those
+of the epoch. Positions are byte offsets in the log's file: the log is cut by looking at its size,
+and what is committed is punched out of it, so that it only ever grows in name.
+
+Sector 0 is QEMU's super block, which QEMU is told not to write (it does so on flushes, and those
+pass the filter by). We keep there how far the log is committed, for whoever comes after our death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from nova_pmt import exception
+from nova_pmt.guest.disk.discover import GuestDisk, attached_node
+from nova_pmt.guest.disk.spec import SECTOR
+from nova_pmt.guest.monitor import Monitor, QmpCommandError
+
+#: Most bytes of a log that are read at once.
+CHUNK_BYTES = 1 << 20
+PAGE = 4096
+#: fallocate(2): free the blocks, keep the size. Python's os module has no call for it.
+PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+#: In writes: never. QEMU would write its super block over ours.
+SUPER_BLOCK_INTERVAL = 1 << 62
+_MAGIC = b"PMTLOG1\0"
+_STATE = struct.Struct("<8sQQQ")  # magic, generation, epoch, released
+IO_ERROR = "BLOCK_IO_ERROR"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def _punch_hole(descriptor: int, start: int, end: int) -> None:
+    if end > start and _libc.fallocate(descriptor, PUNCH_HOLE_KEEP_SIZE, start, end - start) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class LogSpace:
+    """What the logs of one guest's disks may hold together.
+
+    :param limit_bytes: ``[disk] log_limit_mib``, in bytes.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._logs: list[DiskLog] = []
+
+    def add(self, log: DiskLog) -> None:
+        self._logs.append(log)
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(log.used_bytes for log in self._logs)
+
+
+class DiskLog:
+    """Implements :class:`nova_pmt.checkpoint.interfaces.WriteLog` for one disk.
+
+    :param monitor: of the guest's QEMU.
+    :param directory: of this guest, on tmpfs; its owner is QEMU's user.
+    :param space: shared by the logs of a guest; None for a log that is only taken off.
+    """
+
+    def __init__(
+        self,
+        disk: GuestDisk,
+        monitor: Monitor,
+        directory: str,
+        space: LogSpace | None = None,
+    ) -> None:
+        self.disk = disk
+        self.path = os.path.join(directory, f"{disk.spec.name}.log")
+        self.generation = 0
+        self.committed_epoch = 0
+        self._monitor = monitor
+        self._directory = directory
+        self._space = space
+        self._descriptor = -1
+        self._cuts: dict[int, tuple[int, int]] = {}
+        self._cut_end = SECTOR
+        self._released = SECTOR
+        self._peak = 0
+        self._broken = ""
+        if space is not None:
+            space.add(self)
+
+    # -- on and off ---------------------------------------------------------------------
+
+    def install(self, generation: int = 0) -> None:
+        """Log all writes from now on; the guest may be running.
+
+        Takes off first what a dead worker left; its log is lost.
+
+        :param generation: of the pair, kept in the log; see :meth:`left`.
+        :raises nova_pmt.exception.DiskLogError: it did not work; what was done is undone.
+        """
+        self.uninstall()
+        disk = self.disk
+        try:
+            self._create_file(generation)
+            self._monitor.execute(
+                "blockdev-add",
+                driver="file",
+                filename=self.path,
+                locking="off",
+                cache={"no-flush": True},
+                **{"node-name": disk.file_node, "auto-read-only": False},
+            )
+            self._monitor.execute(
+                "blockdev-add",
+                driver="blklogwrites",
+                file=disk.node,
+                log=disk.file_node,
+                # Flushes go on to the image, but not into the log: its order is what counts.
+                cache={"no-flush": True},
+                discard="unmap" if disk.discard else "ignore",
+                **{
+                    "node-name": disk.filter_node,
+                    "log-sector-size": SECTOR,
+                    "log-super-update-interval": SUPER_BLOCK_INTERVAL,
+                },
+            )
+            self._attach(disk.filter_node)
+        except BaseException as error:
+            with contextlib.suppress(exception.GuestError):
+                self.uninstall()
+            if isinstance(error, (OSError, QmpCommandError)):
+                raise exception.DiskLogError(
+                    f"the writes of disk {disk.spec.name} cannot be logged: {error}"
+                ) from error
+            raise
+
+    def _create_file(self, generation: int) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(self.path, flags, 0o600)
+        owner = os.stat(self._directory)
+        os.fchown(self._descriptor, owner.st_uid, owner.st_gid)
+        self.generation, self.committed_epoch = generation, 0
+        self._cuts.clear()
+        self._cut_end = self._released = SECTOR
+        self._peak, self._broken = 0, ""
+        self._remember()
+
+    def _attach(self, node: str) -> None:
+        """Let the device work on this node from now on. QEMU drains its requests for that."""
+        self._monitor.execute("qom-set", path=self.disk.qom_path, property="drive", value=node)
+
+    def unplug(self) -> None:
+        """Take the filter off; the log is complete then, and can be read until :meth:`uninstall`.
+
+        The guest may be running, paused, or stopped for an I/O error of the log: when it goes on,
+        QEMU repeats the failed requests on the image. Idempotent.
+
+        :raises nova_pmt.exception.GuestError: QEMU refused.
+        """
+        disk = self.disk
+        try:
+            attached = attached_node(disk.qom_path, self._monitor)
+        except exception.GuestGone:
+            raise
+        except exception.GuestError:
+            attached = ""  # the device was unplugged
+        if attached == disk.filter_node:
+            self._attach(disk.node)
+        self._delete_node(disk.filter_node)
+        self._delete_node(disk.file_node)
+
+    def _delete_node(self, name: str) -> None:
+        try:
+            self._monitor.execute("blockdev-del", **{"node-name": name})
+        except QmpCommandError:
+            nodes = self._monitor.execute("query-named-block-nodes", flat=True)
+            if any(node.get("node-name") == name for node in nodes):
+                raise
+
+    def uninstall(self) -> None:
+        """Leave the disk as if it had never been logged: no filter, no nodes, no file. Idempotent.
+
+        :raises nova_pmt.exception.GuestError: QEMU refused.
+        """
+        self.unplug()
+        self.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    def close(self) -> None:
+        """Let go of what this process has open; the guest's writes are logged on."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    @classmethod
+    def left(cls, disk: GuestDisk, monitor: Monitor, directory: str) -> DiskLog | None:
+        """The log that a dead worker left, to :meth:`unplug` it and see what it has.
+
+        :returns: None when it left none that can be read; :meth:`recover` takes off the rest.
+        """
+        log = cls(disk, monitor, directory)
+        try:
+            log._descriptor = os.open(log.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            state = os.pread(log._descriptor, _STATE.size, 0)
+            magic, log.generation, log.committed_epoch, released = _STATE.unpack(state)
+            log._released = log._cut_end = released
+            if magic == _MAGIC and SECTOR <= released <= log._end() and not released % SECTOR:
+                return log
+        except (OSError, struct.error):
+            pass
+        log.close()
+        return None
+
+    @classmethod
+    def recover(cls, disk: GuestDisk, monitor: Monitor, directory: str) -> bool:
+        """Take off what a dead worker left. Idempotent.
+
+        :returns: whether there was something to take off.
+        :raises nova_pmt.exception.GuestError: QEMU refused.
+        """
+        log = cls(disk, monitor, directory)
+        nodes = monitor.execute("query-named-block-nodes", flat=True)
+        ours = {disk.filter_node, disk.file_node}
+        found = os.path.lexists(log.path) or any(node.get("node-name") in ours for node in nodes)
+        if found:
+            log.uninstall()
+        return found
+
+    # -- rounds -------------------------------------------------------------------------
+
+    def cut(self, epoch: int) -> None:
+        """End of the epoch's writes: called while the guest is stopped. One system call.
+
+        The same epoch may be cut again, for all since the cut before it.
+        """
+        end = os.lseek(self._descriptor, 0, os.SEEK_END)
+        start = self._cuts[epoch][0] if epoch in self._cuts else self._cut_end
+        # Nothing logged yet: the file ends with our sector.
+        self._cuts[epoch] = (start, max(end, start))
+        self._cut_end = max(end, start)
+
+    def segment_bytes(self, epoch: int) -> int:
+        """Length of the log between the cut before and the epoch's."""
+        start, end = self._cuts.get(epoch, (0, 0))
+        return end - start
+
+    def segments(self, epoch: int) -> Iterator[memoryview]:
+        """The log between the cut before and the epoch's, in parts of at most 1 MiB.
+
+        Each part is memory of its own. Not called in a pause.
+
+        :raises nova_pmt.exception.DiskLogError: the log cannot be read.
+        """
+        return self._parts(*self._cuts.get(epoch, (0, 0)))
+
+    def _parts(self, start: int, end: int) -> Iterator[memoryview]:
+        while start < end:
+            try:
+                data = os.pread(self._descriptor, min(CHUNK_BYTES, end - start), start)
+            except OSError as error:
+                raise exception.DiskLogError(f"{self.path} cannot be read: {error}") from error
+            if not data:
+                raise exception.DiskLogError(f"{self.path} ends at byte {start}, not {end}")
+            start += len(data)
+            yield memoryview(data)
+
+    def release(self, epoch: int) -> None:
+        """The epoch is committed: frees its part of the log.
+
+        :raises nova_pmt.exception.DiskLogError: the file system cannot free parts of a file.
+        """
+        _, end = self._cuts.pop(epoch, (0, 0))
+        for older in [number for number in self._cuts if number < epoch]:
+            del self._cuts[older]
+        self.committed_epoch = max(epoch, self.committed_epoch)
+        before, self._released = self._released, max(end, self._released)
+        self._peak = max(self._peak, self._end() - before)
+        try:
+            self._remember()
+            # Whole pages are freed only by a hole that covers them. Ours starts where the page
+            # starts in which the last one ended, or a page would be lost with each release.
+            _punch_hole(self._descriptor, max(PAGE, before - before % PAGE), self._released)
+        except OSError as error:
+            raise exception.DiskLogError(
+                f"{self.path} cannot be freed in parts: {error}",
+                cure="Put [disk] log_directory on tmpfs.",
+            ) from error
+
+    def _remember(self) -> None:
+        state = _STATE.pack(_MAGIC, self.generation, self.committed_epoch, self._released)
+        os.pwrite(self._descriptor, state.ljust(SECTOR, b"\0"), 0)
+
+    def unreleased(self) -> Iterator[memoryview]:
+        """All entries that are not committed, in parts of at most 1 MiB.
+
+        To be called after :meth:`unplug`, or while the guest is stopped: its last entry may be
+        half written otherwise.
+        """
+        return self._parts(self._released, self._end())
+
+    # -- how it is ----------------------------------------------------------------------
+
+    def _end(self) -> int:
+        return max(SECTOR, os.lseek(self._descriptor, 0, os.SEEK_END))
+
+    @property
+    def used_bytes(self) -> int:
+        """What is logged and not committed, at this moment."""
+        return self._end() - self._released if self._descriptor >= 0 else 0
+
+    @property
+    def pressure(self) -> float:
+        """How full the space of the guest's logs is, or what its file system has left; 0 to 1."""
+        if self._descriptor < 0 or self._space is None:
+            return 0.0
+        used = self._space.used_bytes
+        status = os.fstatvfs(self._descriptor)
+        room = min(self._space.limit_bytes, used + status.f_bavail * status.f_frsize)
+        return min(1.0, used / room) if room else 1.0
+
+    @property
+    def broken(self) -> str:
+        """Why it cannot go on: a write to the log or the image failed. Empty while it can."""
+        if not self._broken and self._monitor.saw_event(IO_ERROR):
+            with contextlib.suppress(exception.GuestError):
+                event = self._monitor.wait_event(
+                    IO_ERROR, 0, operation="write", **{"node-name": self.disk.filter_node}
+                )
+                reason = event["data"].get("reason", "no reason given")
+                self._broken = f"a write to disk {self.disk.spec.name} or its log failed: {reason}"
+        return self._broken
+
+    def summary(self) -> dict[str, Any]:
+        """For the status. Any thread."""
+        used = self.used_bytes
+        self._peak = max(self._peak, used)
+        return {
+            "disk": self.disk.spec.name,
+            "log_bytes": used,
+            "log_peak_bytes": self._peak,
+            "written_bytes": self._released - SECTOR + used,
+        }

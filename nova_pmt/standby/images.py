@@ -1,0 +1,41 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The images of standbys on this host, as this host is configured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from nova_pmt.guest import domain as guest_domain
+from nova_pmt.guest.disk.spec import DiskSpec
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from nova_pmt.standby.disks import StandbyDisks
+
+
+def records_directory(conf: Any) -> str:
+    """Where it is written down which images are ours."""
+    return os.path.join(conf.state_path, "images")
+
+
+def standby_disks(conf: Any, uuid: str, specs: Sequence[DiskSpec]) -> StandbyDisks:
+    """The images of one standby; nothing is made yet."""
+    return StandbyDisks(
+        list(specs),
+        uuid,
+        state_directory=records_directory(conf),
+        owner=guest_domain.qemu_owner(conf),
+        runtime_directory=os.path.join(conf.guest.runtime_directory, "images"),
+    )

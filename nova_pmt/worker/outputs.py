@@ -1,0 +1,204 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What the guest puts out, from its worker's side: buffers of its NICs, logs of its disks.
+
+Put on in this order: logs, then the first copy of the disks, then, just before checkpoint 1, the
+network buffers. Taken off together, while the guest stands still, and only when it may go on
+unprotected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from oslo_log import log
+
+from nova_pmt import exception
+from nova_pmt.checkpoint.interfaces import OutputBuffer
+from nova_pmt.guest.disk import bitmap, discover
+from nova_pmt.guest.disk.changes import forget_changes, keep_changes
+from nova_pmt.guest.disk.leftover import log_directory
+from nova_pmt.guest.disk.log import DiskLog, LogSpace
+from nova_pmt.guest.disk.source import DiskSource
+from nova_pmt.guest.monitor import Monitor
+from nova_pmt.guest.network import choose
+from nova_pmt.guest.network.base import EgressBuffer
+from nova_pmt.worker.trace import Trace
+
+LOG = log.getLogger(__name__)
+
+MIB = 1 << 20
+#: For tests that must see what happens without: never for anybody else.
+UNSAFE = "NOVA_PMT_UNSAFE"
+UNBUFFERED = "no-egress-buffer"
+
+
+class Outputs:
+    """See the module's text.
+
+    :param xml: the domain's live XML.
+    :param pid: its QEMU's.
+    :param directory: where QEMU can make sockets.
+    :raises nova_pmt.exception.Refusal: some output can be neither held nor replicated.
+    """
+
+    def __init__(
+        self, conf: Any, uuid: str, xml: str, pid: int, monitor: Monitor, directory: str
+    ) -> None:
+        self._conf = conf
+        self._monitor = monitor
+        self._directory = directory
+        self._log_directory = log_directory(conf, uuid, pid)
+        self._kinds = [
+            (nic, choose.choose(conf.network.egress_buffer, nic, monitor))
+            for nic in choose.nics(xml, pid)
+        ]
+        self.disks = discover.disks(xml, monitor)
+        space = LogSpace(conf.disk.log_limit_mib * MIB)
+        self.logs: dict[int, DiskLog] = {
+            number: DiskLog(disk, monitor, self._log_directory, space)
+            for number, disk in enumerate(self.disks)
+            if not disk.spec.readonly
+        }
+        self._buffers: list[EgressBuffer] = []
+        self._installed: list[DiskLog] = []
+        self._trace = Trace.from_environment()
+        self.armed = False
+
+    @property
+    def specs(self) -> list[dict[str, Any]]:
+        """The disks, as the standby knows them."""
+        return [disk.spec.to_dict() for disk in self.disks]
+
+    # -- putting on ---------------------------------------------------------------------
+
+    def start_logs(self, generation: int) -> None:
+        """Log the disks' writes from now on."""
+        for disk_log in self.logs.values():
+            self._installed.append(disk_log)
+            disk_log.install(generation)
+
+    def changes(self, images: object) -> bitmap.Note | None:
+        """What is known of the writes since the standby's images were as they are.
+
+        :param images: what the standby says of them.
+        :returns: None when all must be copied.
+        """
+        note = bitmap.Note.read(self._log_directory)
+        writable = [log.disk for log in self.logs.values()]
+        if (
+            note is not None
+            and isinstance(images, dict)
+            and images.get("generation") == note.generation
+            and isinstance(images.get("epoch"), int)
+            and images["epoch"] >= note.epoch
+            and all(bitmap.has(disk, self._monitor) for disk in writable)
+        ):
+            return note
+        self.forget_changes()
+        return None
+
+    def forget_changes(self) -> None:
+        """No bitmap and no note are left."""
+        forget_changes(self.disks, self._monitor, self._log_directory)
+
+    @contextlib.contextmanager
+    def source(self, note: bitmap.Note | None) -> Iterator[DiskSource]:
+        """The disks, to be copied: all, or what changed."""
+        ranges = None if note is None else note.ranges
+        with DiskSource(self.disks, self._monitor, self._directory, ranges) as found:
+            yield found
+
+    def arm(self) -> Sequence[OutputBuffer]:
+        """Hold what the NICs send from now on."""
+        self.armed = True
+        if os.environ.get(UNSAFE) == UNBUFFERED:
+            LOG.warning("%s=%s: packets are NOT held", UNSAFE, UNBUFFERED)
+            self.armed = False
+            return ()
+        limit = self._conf.network.buffer_limit_mib * MIB
+        for nic, kind in self._kinds:
+            buffer = kind(nic, self._monitor, self._directory, limit)
+            buffer.attach()
+            self._buffers.append(buffer)
+        if self._trace is not None:
+            return [self._trace.wrap(buffer) for buffer in self._buffers]
+        return list(self._buffers)
+
+    # -- taking off ---------------------------------------------------------------------
+
+    def open(self, resume: Callable[[], None], *, keep: bool) -> None:
+        """Let out what is held, and take everything off; the guest may go on unprotected.
+
+        :param resume: lets the guest run on, if it ran.
+        :param keep: keep in mind what the standby's images lack from here on.
+        """
+        status = self._monitor.execute("query-status")["status"]
+        if status == "running":
+            self._monitor.execute("stop")
+        try:
+            if keep:
+                self._quietly("changes", lambda: keep_changes(self._installed, self._monitor))
+            else:
+                self._quietly("changes", self.forget_changes)
+            for disk_log in self._installed:
+                self._quietly("write log", disk_log.uninstall)
+            for buffer in self._buffers:
+                self._open_buffer(buffer)
+            self._installed, self._buffers, self.armed = [], [], False
+        finally:
+            # A request that failed in the log stopped the guest; it is repeated without one.
+            if status in ("running", "io-error"):
+                resume()
+
+    def _open_buffer(self, buffer: EgressBuffer) -> None:
+        try:
+            buffer.detach()
+        except (exception.PmtError, OSError) as error:
+            LOG.error("held packets are lost: %s", error)
+            # The guest comes first: it must not stay cut off.
+            self._quietly(
+                "buffer", lambda: choose.recover([k[0] for k in self._kinds], self._monitor)
+            )
+
+    def _quietly(self, what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (exception.PmtError, OSError) as error:
+            LOG.warning("%s: %s", what, error)
+
+    def close(self) -> None:
+        """Let go of all that this process has open; nothing leaks."""
+        for buffer in self._buffers:
+            buffer.close()
+        for disk_log in self.logs.values():
+            disk_log.close()
+        if self._trace is not None:
+            self._trace.close()
+
+    def abandon(self) -> None:
+        """The guest is gone from here: nothing of it is left."""
+        self.close()
+        shutil.rmtree(self._log_directory, ignore_errors=True)
+
+    def summary(self) -> dict[str, Any]:
+        """For the status."""
+        return {
+            "output_commit": self.armed,
+            "network": [buffer.summary() for buffer in self._buffers],
+            "disks": [disk_log.summary() for disk_log in self.logs.values()],
+        }
