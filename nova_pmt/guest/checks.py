@@ -158,8 +158,19 @@ def _writable_disk(disk: ET.Element, name: str, devices: ET.Element) -> Iterator
             cure="Put the disk on bus virtio, or on bus scsi with a virtio-scsi controller "
             "(image properties hw_disk_bus and hw_scsi_model), or detach it.",
         )
+    if _error_policy(disk) == "ignore":
+        yield exception.UnsupportedDisk(
+            f"disk {name} ignores write errors (error_policy='ignore'): a write that is missing "
+            "in its log would go unseen",
+            cure="Remove error_policy from the disk's <driver>, or set it to 'stop'.",
+        )
     if disk.get("device", "disk") != "disk":
         yield exception.UnsupportedDisk(f"{disk.get('device')} {name} is writable")
+
+
+def _error_policy(disk: ET.Element) -> str:
+    driver = disk.find("driver")
+    return driver.get("error_policy", "") if driver is not None else ""
 
 
 def disk_refusals(xml: str) -> list[Refusal]:
@@ -243,6 +254,12 @@ def warnings(xml: str) -> list[str]:
     found = []
     if "qemu:commandline" not in xml and "/qmp/" not in xml:
         found.append("no monitor of its own: pauses go through libvirt and are some ms longer")
+    for disk in ET.fromstring(xml).findall("devices/disk"):
+        if _error_policy(disk) == "report" and not disk_is_readonly(disk):
+            found.append(
+                f"disk {_disk_name(disk)} reports write errors to the guest (error_policy="
+                "'report'): it sees one when the disk's log is full, and not only its host"
+            )
     return found
 
 

@@ -19,10 +19,15 @@
     with Lab(computes=2, rabbit=False) as lab:          # root; all is gone at the end
         one, two = lab.computes                         # lab.host("compute1"), lab.ctl
         guest = one.boot(GuestSpec("g1", memory_mib=128, vcpus=1, machine="q35"))
+        # further: disks=(Disk("/var/lib/libvirt/images/a.qcow2"), Disk(..., bus="scsi")),
+        # extra_nics=1, mtu=9000
         guest.wait_ready()                              # READY on the console, answers over TCP
         guest.control("dirty 1500 20")                  # 1,500 pages every 20 ms, told over TCP
         guest.counter(); guest.boot_id(); guest.verify(); guest.reboot(); guest.console()
         guest.connect()                                 # TCP to the echo server, from ctl
+        guest.control("disk write rand 4 1000 vda")     # what else there is: LabGuest.control
+        with guest.transactions(1) as client: ...       # .request(), .answered; transactions.py
+        with capture(lab.ctl, "data1") as seen: ...     # .take(), .packets(), .lost; traffic.py
         guest.pid, guest.uuid, guest.spec.monitor_path  # QEMU's pid in the root namespace, ...
 
         with one.libvirt() as connection: ...           # virConnect; or one.libvirt_uri[_inside]
@@ -46,6 +51,7 @@ boot from ``/var/lib/libvirt/boot``; their consoles are ``/var/log/libvirt/qemu/
 What does not live here: anything that the product needs on a real compute host.
 """
 
+from nova_pmt.lab.capture import Capture, Packet, capture
 from nova_pmt.lab.domain import Disk, GuestSpec, Workload, domain_xml
 from nova_pmt.lab.host import LabHost
 from nova_pmt.lab.lab import Lab
@@ -57,12 +63,15 @@ __all__ = [
     "CONTROL_PORT",
     "ECHO_PORT",
     "SHARED",
+    "Capture",
     "Disk",
     "GuestSpec",
     "Lab",
     "LabGuest",
     "LabHost",
     "LabProcess",
+    "Packet",
     "Workload",
+    "capture",
     "domain_xml",
 ]

@@ -82,6 +82,8 @@ def set_up(config: dict[str, Any]) -> None:
     for scope in ("all", "default"):
         # Router solicitations and MLD reports of every tap would be noise in packet tests.
         write_file(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
+    for name, value in config["sysctls"]:
+        write_file(f"/proc/sys/{name}", value)
     # Paths that must stay visible although a tmpfs is about to cover them (a checkout in /tmp).
     kept = [(os.open(path, os.O_PATH), path) for path in config["keep"]]
     binds = [(os.open(source, os.O_PATH), target) for source, target in config["binds"]]

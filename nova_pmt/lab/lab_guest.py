@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nova_pmt.exception import LabError
+from nova_pmt.lab import transactions
 from nova_pmt.lab.domain import CONSOLES, Disk, GuestSpec, domain_xml
 
 if TYPE_CHECKING:
@@ -115,8 +116,19 @@ class LabGuest:
     def control(self, command: str, timeout: float = 30.0) -> str:
         """Send one command line over the data network (from ctl) and return the answer.
 
-        ``counter`` ``boot`` ``rounds`` ``status`` ``verify`` ``reboot`` ``dirty PAGES MS``
-        ``burst PAGES`` ``full 0|1`` ``fill MIB`` ``tick MS`` ``console EVERY``
+        ``counter`` ``boot`` ``rounds`` ``sunk`` ``status`` ``verify`` ``reboot``
+        ``dirty PAGES MS`` ``burst PAGES`` ``full 0|1`` ``fill MIB`` ``tick MS`` ``console EVERY``
+
+        Load for a disk behind its record area, that is beyond 48 MiB, where offsets begin. The
+        answer is ``ok KIB MICROSECONDS``, and for ``fua`` a KIB is a write:
+
+        ``disk write seq|rand BLOCK_KIB COUNT DEV`` ``disk fua COUNT DEV``
+        ``disk discard|zero OFFSET_KIB LENGTH_KIB DEV``
+
+        UDP datagrams to ctl's ``PORT`` in the background, in frames of ``MIN`` to ``MAX`` bytes;
+        ``COUNT`` 0 is without end:
+
+        ``packets COUNT MIN MAX INTERVAL_US PORT`` ``packets sent`` ``packets stop``
 
         :raises LabError: no answer within ``timeout`` seconds, or the answer is an error.
         """
@@ -133,6 +145,14 @@ class LabGuest:
     def connect(self, port: int = ECHO_PORT, timeout: float | None = 30.0) -> socket.socket:
         """A TCP connection from ctl to the guest; by default to its echo server."""
         return self.host.lab.ctl.dial(self.spec.ip, port, timeout)
+
+    def transactions(self, client: int, timeout: float | None = 30.0) -> transactions.Client:
+        """A new client of the guest's transactional server, with its own connection from ctl.
+
+        :param client: number that tells it from other clients.
+        :param timeout: seconds, for each answer.
+        """
+        return transactions.Client(self.connect(transactions.PORT, timeout), client)
 
     def counter(self) -> int:
         """The workload's counter now."""

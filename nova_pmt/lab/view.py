@@ -34,6 +34,12 @@ MOUNTPOINTS = (*OWN, SHARED)
 
 #: Private and in memory: a power cut empties them.
 _TMPFS = (("/run", "755"), ("/dev/shm", "1777"), ("/tmp", "1777"))
+#: Clients are in ctl, and a protected guest acknowledges only after some 30 ms: room for what is on
+#: the way until then.
+_CLIENT_SYSCTLS = (
+    ("net/ipv4/tcp_rmem", "4096 131072 16777216"),
+    ("net/ipv4/tcp_wmem", "4096 65536 16777216"),
+)
 _DEVICES = (
     *("null", "zero", "full", "random", "urandom", "tty", "fuse", "userfaultfd"),
     *("net/tun", "vhost-net", "vhost-vsock"),
@@ -66,6 +72,7 @@ def describe(name: str, disk: Path, shared: Path, *, compute: bool, kvm: bool) -
     return {
         "name": name,
         "devices": _devices(kvm=kvm),
+        "sysctls": () if compute else _CLIENT_SYSCTLS,
         "tmpfs": _TMPFS,
         "keep": _kept(),
         "binds": binds,

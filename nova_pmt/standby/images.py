@@ -20,9 +20,7 @@ from typing import Any
 
 from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest.disk.spec import DiskSpec
-from typing import TYPE_CHECKING
-if TYPE_CHECKING:
-    from nova_pmt.standby.disks import StandbyDisks
+from nova_pmt.standby.disks import StandbyDisks
 
 
 def records_directory(conf: Any) -> str:

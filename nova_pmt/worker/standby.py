@@ -45,9 +45,7 @@ from nova_pmt.replication.link import Buffers, Link, RawFrame, read_frame
 from nova_pmt.replication.protocol import Header, Type
 from nova_pmt.replication.receiver import Disks, Receiver
 from nova_pmt.standby import activation, domainxml
-from typing import TYPE_CHECKING
-if TYPE_CHECKING:
-    from nova_pmt.standby.disks import StandbyDisks
+from nova_pmt.standby.disks import StandbyDisks
 from nova_pmt.standby.image import StandbyImage
 from nova_pmt.standby.images import standby_disks
 from nova_pmt.standby.journal import Journal, NoDisks
@@ -486,6 +484,11 @@ class Standby(Side):
         except exception.GuestError as error:
             LOG.warning("%s: %s", self._pair.uuid, error)
         self._state("standby_active", reason, **times)
+        if self._disks is not None:
+            try:
+                self._disks.sync()
+            except exception.DiskImageError as error:
+                LOG.error("%s: %s", self._pair.uuid, error)
 
     def _resume(self) -> None:
         """Through libvirt; but a libvirtd that is away must not keep the guest from going on."""

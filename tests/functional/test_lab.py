@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,9 +35,22 @@ from nova_pmt.lab import (
     Lab,
     LabGuest,
     Workload,
+    capture,
     kvm,
+    network,
     paths,
     registry,
+    traffic,
+    transactions,
+)
+
+IMAGES = "/var/lib/libvirt/images"
+#: vda, vdb, sda and sdb of the guest "main".
+DISKS = (
+    Disk(f"{IMAGES}/vda.qcow2"),
+    Disk(f"{IMAGES}/vdb.raw", format="raw"),
+    Disk(f"{IMAGES}/sda.qcow2", bus="scsi"),
+    Disk(f"{IMAGES}/sdb.raw", format="raw", bus="scsi", readonly=True),
 )
 
 
@@ -47,7 +62,8 @@ def lab():
 
 @pytest.fixture(scope="module")
 def guest(lab) -> LabGuest:
-    return lab.computes[0].boot(GuestSpec("main")).wait_ready()
+    spec = GuestSpec("main", disks=DISKS, extra_nics=1, mtu=network.JUMBO)
+    return lab.computes[0].boot(spec).wait_ready()
 
 
 # -- hosts -----------------------------------------------------------------------------------
@@ -310,9 +326,208 @@ def test_echo_and_a_slow_command_at_once(guest):
 
 
 def test_control_refuses_what_it_does_not_know(guest):
-    for command in ("nonsense", "dirty 5", "dirty x y", "burst"):
+    for command in ("nonsense", "dirty 5", "dirty x y", "burst", "disk", "packets"):
         with pytest.raises(LabError, match="commands:"):
             guest.control(command)
+
+
+# -- disks and transactions --------------------------------------------------------------------
+
+
+def test_guest_has_all_its_disks_and_nics(guest):
+    assert "disks=4 records=0" in guest.control("status")
+    assert "ERROR" not in guest.console()
+    deadline = time.monotonic() + 10
+    # eth1 has no address, but it is up: IPv6 looks for a router through it.
+    while any(mac not in bridge_knows(guest.host) for mac in guest.spec.macs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def bridge_knows(host) -> str:
+    return host.run(["bridge", "fdb", "show", "br", "br-data"]).stdout
+
+
+def run_clients(guest: LabGuest, count: int, requests: int) -> list[transactions.Exchange]:
+    """Clients at once, each with its connection; what was answered."""
+    clients = [guest.transactions(number) for number in range(1, count + 1)]
+    with ThreadPoolExecutor(count) as pool, contextlib.ExitStack() as stack:
+        for client in clients:
+            stack.enter_context(client)
+        for done in [pool.submit(repeat, client.request, requests) for client in clients]:
+            done.result()
+    return [exchange for client in clients for exchange in client.answered]
+
+
+def repeat(function, times: int) -> None:
+    for _ in range(times):
+        function()
+
+
+@contextlib.contextmanager
+def standstill(guest: LabGuest):
+    """QEMU writes out all that it has when it stops a guest: then its images are whole."""
+    with guest.host.libvirt() as connection:
+        domain = connection.lookupByName(guest.name)
+        domain.suspend()
+        try:
+            yield
+        finally:
+            domain.resume()
+
+
+def test_transactions_are_in_memory_and_on_every_writable_disk(guest):
+    before = {e.seq for e in run_clients(guest, 1, 1)}
+    answered = run_clients(guest, 8, 20)
+    with guest.transactions(99) as client:
+        assert client.verify() == 161
+        table = client.dump()
+    everything = [transactions.Exchange(1, 1, 0.0, 1, 0.0), *answered]
+    assert before == {1}
+    # Client 1 began anew with its request 1, which the first run had sent, too.
+    (repeated,) = transactions.check(table, everything)
+    assert "(1, 1) again" in repeated
+    boot = int(guest.boot_id(), 16)
+    with standstill(guest):
+        for disk in DISKS:
+            path = guest.host.disk_path(disk.path)
+            wrong = transactions.compare(path, disk.format, everything, boot_id=boot)
+            assert len(wrong) == (161 if disk.readonly else 1)
+            if not disk.readonly:
+                assert wrong == [repeated]
+
+
+def test_load_leaves_the_records_alone(guest):
+    with guest.transactions(50) as client:
+        client.request()
+        count = client.verify()
+        for command, kib in (
+            ("write seq 1024 20 vda", 20480),  # more than there is: it starts anew
+            ("write rand 4 200 vdb", 800),
+            ("write rand 64 50 sda", 3200),
+            ("fua 20 vda", 80),
+            ("fua 20 sda", 80),
+            ("discard 0 16384 vda", 16384),
+            ("discard 4 4 sda", 4),
+            ("zero 8 1024 vdb", 1024),
+        ):
+            ok, done, took_us = guest.control(f"disk {command}").split()
+            assert (ok, int(done)) == ("ok", kib)
+            assert int(took_us) > 0
+        for command, reason in (
+            ("write seq 4 1 sdb", "read-only"),
+            ("write seq 4 1 vdc", "No such file"),
+            ("write seq 3 1 vda", "DEV"),
+            ("discard 0 16385 vda", "16384 KiB are free"),
+        ):
+            with pytest.raises(LabError, match=reason):
+                guest.control(f"disk {command}")
+        assert client.verify() == count
+
+
+def test_verify_finds_a_record_that_is_wrong(guest):
+    """Change one byte of the raw image from outside, as a write that came late would."""
+    with guest.transactions(60) as client:
+        slot = client.request()
+        at = transactions.AREA_START + (slot - 1) * transactions.RECORD + 100
+        with open(guest.host.disk_path(DISKS[1].path), "r+b") as image:
+            byte = os.pread(image.fileno(), 1, at)
+            for value in (bytes([byte[0] ^ 1]), byte):
+                os.pwrite(image.fileno(), value, at)
+                os.fsync(image.fileno())  # QEMU reads past the page cache
+                if value != byte:
+                    with pytest.raises(LabError, match=f"vdb slot {slot} does not hold"):
+                        client.verify()
+        assert client.verify() == slot
+
+
+def test_a_record_that_only_the_disk_knows_is_found(guest):
+    with guest.transactions(61) as client:
+        slot = client.request() + 1
+        boot = int(guest.boot_id(), 16)
+        at = transactions.AREA_START + (slot - 1) * transactions.RECORD
+        with open(guest.host.disk_path(DISKS[1].path), "r+b") as image:
+            os.pwrite(image.fileno(), transactions.record(slot, 61, 2, boot), at)
+            os.fsync(image.fileno())
+        with pytest.raises(LabError, match=f"vdb slot {slot} holds a record that memory"):
+            client.verify()
+        assert client.request() == slot  # written over
+        assert client.verify() == slot
+
+
+# -- traffic -----------------------------------------------------------------------------------
+
+
+def test_streams_both_ways(guest):
+    size = 20_000_000
+    with guest.connect(traffic.SOURCE_PORT) as source:
+        received = source.makefile("rb").read(size)
+    assert received == traffic.source_bytes(0, size)
+    before = int(guest.control("sunk"))
+    with guest.connect(traffic.SINK_PORT) as sink:
+        sink.sendall(received)
+        sink.shutdown(socket.SHUT_WR)
+        assert sink.recv(1) == b""  # it closes when it has read all
+    assert int(guest.control("sunk")) - before == size
+
+
+def test_capture_beyond_the_host_sees_every_frame_of_the_guest(lab, guest):
+    """Frames of all sizes that the guest's network carries, and when the kernel saw them."""
+    begin = time.monotonic()
+    with capture(lab.ctl, "data1") as seen:
+        guest.control("packets 9000 60 9014 0 5555")
+        with pytest.raises(LabError, match="already"):
+            guest.control("packets 1 60 60 0 5555")
+        while "running" in guest.control("packets sent"):
+            time.sleep(0.05)
+        assert guest.control("packets stop") == "ok 9000 sent 0 errors"
+        sent = time.monotonic()
+    packets = [(p, traffic.datagram(p.data, 5555)) for p in seen.packets()]
+    datagrams = [(p, d) for p, d in packets if d]
+    assert [d.sequence for _, d in datagrams] == list(range(9000))
+    assert {p.length for p, _ in datagrams} == set(range(60, 9015))
+    times = [p.at for p, _ in datagrams]
+    assert begin < times[0] < times[-1] < sent
+    assert times == sorted(times)
+    assert all(not p.outgoing and len(p.data) == min(p.length, 128) for p, _ in datagrams)
+    assert any(p.outgoing for p, _ in packets)  # our own commands
+    assert seen.lost == 0
+
+
+def test_packets_without_end_stop_when_told(lab, guest):
+    with capture(lab.ctl, "data1") as seen:
+        guest.control("packets 0 60 60 1000 5556")
+        time.sleep(0.5)
+        sent = int(guest.control("packets stop").split()[1])
+        first = [p for p in seen.packets() if traffic.datagram(p.data, 5556)]
+        time.sleep(0.1)
+        later = [p for p in seen.packets() if traffic.datagram(p.data, 5556)]
+    assert 50 < sent == len(first)  # 500 on a machine that has time
+    assert later == []
+
+
+_SENDER = """
+import socket, sys
+with socket.socket(type=socket.SOCK_DGRAM) as udp:
+    for number in range(int(sys.argv[1])):
+        udp.sendto(number.to_bytes(8, "big"), ("127.0.0.1", 5557))
+"""
+
+
+def test_capture_keeps_up(lab):
+    """More packets than the ring has room for, as fast as a process can send them."""
+    count = 100_000  # and each is seen twice, on its way out and in, as is the ICMP error it causes
+    with capture(lab.ctl, "lo") as seen:
+        lab.ctl.run([sys.executable, "-c", _SENDER, str(count)])
+        taken = seen.take()
+    mine = taken[(taken["length"] == 50) & ~taken["outgoing"]]
+    assert [int.from_bytes(d[42:50], "big") for d in mine["data"].tolist()] == [*range(count)]
+    assert seen.lost == 0
+
+
+def test_capture_of_an_interface_that_is_not_there(lab):
+    with pytest.raises(LabError, match="no capture on 'vnet99'"):
+        capture(lab.ctl, "vnet99")
 
 
 def test_reboot_starts_anew(guest):
@@ -320,6 +535,9 @@ def test_reboot_starts_anew(guest):
     guest.reboot()
     assert guest.boot_id() != boot
     assert guest.counter() < 5000
+    with guest.transactions(1) as client:
+        assert client.request() == 1
+        assert client.verify() == 1  # the next record is of the former boot, and does not count
 
 
 @pytest.mark.parametrize(
@@ -335,6 +553,10 @@ def test_other_guests(lab, spec):
     guest = host.boot(GuestSpec(**{**vars(spec), "ip": "10.77.2.101"})).wait_ready()
     try:
         assert host.guests() == [spec.name]
+        with guest.transactions(1) as client:  # without a disk in memory only
+            assert [client.request(), client.request(), client.verify()] == [1, 2, 2]
+        with pytest.raises(LabError, match="of 60 to 1514 bytes"):
+            guest.control("packets 1 60 9014 0 5555")
         socket_file = host.path(guest.spec.monitor_path)
         assert socket_file.exists() == spec.second_monitor
         shared = "memfd:" in Path(f"/proc/{guest.pid}/maps").read_text()

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nova_pmt import exception
-from nova_pmt.guest.disk.discover import GuestDisk
+from nova_pmt.guest.disk.discover import GuestDisk, image_node
 from nova_pmt.guest.disk.spec import SECTOR
 from nova_pmt.guest.monitor import Monitor, QmpCommandError
 
@@ -48,16 +48,17 @@ Ranges = list[tuple[int, int]]
 
 
 def _bitmaps(disk: GuestDisk, monitor: Monitor) -> dict[str, dict[str, Any]]:
+    name = image_node(disk, monitor)
     for node in monitor.execute("query-named-block-nodes", flat=True):
-        if node.get("node-name") == disk.node:
+        if node.get("node-name") == name:
             return {str(entry.get("name")): entry for entry in node.get("dirty-bitmaps", [])}
-    raise exception.GuestError(f"QEMU has no block node '{disk.node}'")
+    raise exception.GuestError(f"QEMU has no block node '{name}'")
 
 
 def _add(disk: GuestDisk, monitor: Monitor, name: str, *, disabled: bool) -> None:
     monitor.execute(
         "block-dirty-bitmap-add",
-        node=disk.node,
+        node=image_node(disk, monitor),
         name=name,
         granularity=GRANULARITY_BYTES,
         persistent=False,
@@ -67,7 +68,7 @@ def _add(disk: GuestDisk, monitor: Monitor, name: str, *, disabled: bool) -> Non
 
 def _remove(disk: GuestDisk, monitor: Monitor, name: str) -> None:
     try:
-        monitor.execute("block-dirty-bitmap-remove", node=disk.node, name=name)
+        monitor.execute("block-dirty-bitmap-remove", node=image_node(disk, monitor), name=name)
     except QmpCommandError:
         if name in _bitmaps(disk, monitor):
             raise
@@ -105,7 +106,9 @@ def freeze(disk: GuestDisk, monitor: Monitor) -> str:
     """
     thaw(disk, monitor)
     _add(disk, monitor, FROZEN, disabled=True)
-    monitor.execute("block-dirty-bitmap-merge", node=disk.node, target=FROZEN, bitmaps=[NAME])
+    monitor.execute(
+        "block-dirty-bitmap-merge", node=image_node(disk, monitor), target=FROZEN, bitmaps=[NAME]
+    )
     return FROZEN
 
 

@@ -52,9 +52,11 @@ class GuestDisk:
 
     :param alias: libvirt's device alias (``virtio-disk0``).
     :param qom_path: of the object in QEMU that has the property ``drive``.
-    :param node: block node of the image, below any filter of ours.
-    :param discard: discards of the guest reach the image.
-    :param cluster_bytes: of the image: the guest's discards free whole ones only; 0 for raw.
+    :param node: block node of the image when it was looked for, below any filter of ours. An
+        external snapshot puts another in its place: :func:`image_node` is what is there now.
+    :param discard: discards of the guest reach the image, also while they are logged.
+    :param cluster_bytes: of a qcow2 image, 0 for raw. A discard makes whole clusters read as
+        zeros, and leaves the rest as it was; one of a raw image makes all of it zeros.
     """
 
     spec: DiskSpec
@@ -140,11 +142,28 @@ def _disk(
             alias,
             qom_path,
             node,
-            options.get("discard") == "unmap",
+            options.get("discard") == "unmap" and not _discards_strangely(image),
             int(image.get("cluster-size", 0)),
         )
     except (TypeError, ValueError) as error:
         raise exception.UnsupportedDisk(f"disk {name} cannot be replicated: {error}") from error
+
+
+def _discards_strangely(image: dict[str, Any]) -> bool:
+    """Whether discarded parts do not read as zeros: qcow2 of the old kind shows its backing file.
+
+    The standby has no backing file, so such discards are left undone while they are logged.
+    """
+    data = (image.get("format-specific") or {}).get("data") or {}
+    return bool(data.get("compat") == "0.10")
+
+
+def image_node(disk: GuestDisk, monitor: Monitor) -> str:
+    """The block node of the disk's image now, below any filter of ours.
+
+    :raises nova_pmt.exception.GuestError: the disk was detached.
+    """
+    return below_filters(attached_node(disk.qom_path, monitor), monitor)
 
 
 def attached_node(qom_path: str, monitor: Monitor) -> str:
@@ -152,13 +171,22 @@ def attached_node(qom_path: str, monitor: Monitor) -> str:
 
     :raises nova_pmt.exception.GuestError: there is no such device, or nothing is in it.
     """
-    try:
-        node = monitor.execute("qom-get", path=qom_path, property="drive")
-    except QmpCommandError as error:
-        raise exception.GuestError(f"QEMU has no disk at {qom_path}: {error.message}") from error
-    if not isinstance(node, str) or not node:
-        raise exception.GuestError(f"the drive at {qom_path} is empty in QEMU")
-    return node
+    for device, node in attached(monitor).items():
+        # A USB device is a bus, with the disk below it.
+        if node and (device == qom_path or device.startswith(qom_path + "/")):
+            return node
+    raise exception.GuestError(f"QEMU has no disk with a medium at {qom_path}")
+
+
+def attached(monitor: Monitor) -> dict[str, str]:
+    """QOM path of each block device to the node that it works on; empty where there is none."""
+    found = {}
+    for entry in monitor.execute("query-block"):
+        device = str(entry.get("qdev", ""))
+        if device and not device.startswith("/"):
+            device = f"/machine/peripheral/{device}"
+        found[device] = str((entry.get("inserted") or {}).get("node-name", ""))
+    return found
 
 
 def below_filters(node: str, monitor: Monitor) -> str:
@@ -166,14 +194,30 @@ def below_filters(node: str, monitor: Monitor) -> str:
 
     :raises nova_pmt.exception.GuestError: QEMU does not tell what is below.
     """
-    if not node.startswith(FILTER_PREFIX):
-        return node
+    return nodes_below(node, monitor)[0] if node.startswith(FILTER_PREFIX) else node
+
+
+def nodes_below(filter_node: str, monitor: Monitor) -> list[str]:
+    """The nodes below a filter of ours: the image's, its file's, then those of backing files.
+
+    :raises nova_pmt.exception.GuestError: QEMU does not tell.
+    """
     for entry in monitor.execute("query-blockstats", **{"query-nodes": True}):
-        if entry.get("node-name") == node:
-            below = str((entry.get("parent") or {}).get("node-name", ""))
-            if below and not below.startswith((FILTER_PREFIX, FILE_PREFIX)):
-                return below
-    raise exception.GuestError(f"QEMU does not tell what lies below block node '{node}'")
+        if entry.get("node-name") == filter_node:
+            found: list[str] = []
+            _collect(entry.get("parent"), found)
+            if found and not found[0].startswith((FILTER_PREFIX, FILE_PREFIX)):
+                return found
+    raise exception.GuestError(f"QEMU does not tell what lies below block node '{filter_node}'")
+
+
+def _collect(entry: Any, found: list[str]) -> None:
+    """Names in an answer of ``query-blockstats``: ``parent`` is what QEMU calls a child there."""
+    if isinstance(entry, dict):
+        if entry.get("node-name"):
+            found.append(str(entry["node-name"]))
+        _collect(entry.get("parent"), found)
+        _collect(entry.get("backing"), found)
 
 
 def _loses_zeroes(version: tuple[int, int, int]) -> bool:

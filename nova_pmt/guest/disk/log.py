@@ -31,7 +31,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from nova_pmt import exception
-from nova_pmt.guest.disk.discover import GuestDisk, attached_node
+from nova_pmt.guest.disk.discover import (
+    FILE_PREFIX,
+    FILTER_PREFIX,
+    GuestDisk,
+    attached,
+    image_node,
+    nodes_below,
+)
 from nova_pmt.guest.disk.spec import SECTOR
 from nova_pmt.guest.monitor import Monitor, QmpCommandError
 
@@ -44,6 +51,7 @@ PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 SUPER_BLOCK_INTERVAL = 1 << 62
 _MAGIC = b"PMTLOG1\0"
 _STATE = struct.Struct("<8sQQQ")  # magic, generation, epoch, released
+SUFFIX = ".writelog"
 IO_ERROR = "BLOCK_IO_ERROR"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,6 +62,81 @@ def _punch_hole(descriptor: int, start: int, end: int) -> None:
     if end > start and _libc.fallocate(descriptor, PUNCH_HOLE_KEEP_SIZE, start, end - start) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def _attach(qom_path: str, node: str, monitor: Monitor) -> None:
+    monitor.execute("qom-set", path=qom_path, property="drive", value=node)
+
+
+def _delete_node(name: str, monitor: Monitor) -> None:
+    try:
+        monitor.execute("blockdev-del", **{"node-name": name})
+    except QmpCommandError:
+        if name in _nodes(monitor):
+            raise
+
+
+def _nodes(monitor: Monitor) -> dict[str, dict[str, Any]]:
+    answer = monitor.execute("query-named-block-nodes", flat=True)
+    return {str(node.get("node-name", "")): node for node in answer}
+
+
+def _take_off(name: str, monitor: Monitor) -> bool:
+    """Take the filter off the disk of this name, whatever became of the disk since.
+
+    :returns: whether there was something to take off.
+    """
+    filter_node, file_node = FILTER_PREFIX + name, FILE_PREFIX + name
+    nodes = _nodes(monitor)
+    if filter_node in nodes:
+        below = nodes_below(filter_node, monitor)
+        devices = {node: path for path, node in attached(monitor).items()}
+        device = devices.get(filter_node)
+        if device:
+            _attach(device, below[0], monitor)
+            image = nodes.get(below[0], {}).get("image") or {}
+            above = nodes[filter_node].get("image") or {}
+            if image.get("virtual-size") != above.get("virtual-size"):
+                # It was resized meanwhile, and the filter kept that from the guest.
+                size = image.get("virtual-size")
+                monitor.execute("block_resize", size=size, **{"node-name": below[0]})
+        _delete_node(filter_node, monitor)
+        if not device and below[0] not in devices:
+            # The disk was detached, and libvirt failed to close its image, which was ours, too.
+            for node in below:
+                with contextlib.suppress(QmpCommandError):
+                    monitor.execute("blockdev-del", **{"node-name": node})
+    if file_node in nodes:
+        _delete_node(file_node, monitor)
+    return bool({filter_node, file_node} & nodes.keys())
+
+
+def recover_all(monitor: Monitor, directory: str) -> bool:
+    """Take off all that a dead worker left, whatever disks the guest has by now. Idempotent.
+
+    :param directory: where the guest's logs are.
+    :returns: whether there was something to take off.
+    :raises nova_pmt.exception.GuestError: QEMU refused.
+    """
+    names = set()
+    for node in _nodes(monitor):
+        for prefix in (FILTER_PREFIX, FILE_PREFIX):
+            if node.startswith(prefix):
+                names.add(node[len(prefix) :])
+    for name in sorted(names):
+        _take_off(name, monitor)
+    left = [entry for entry in _listed(directory) if entry.endswith(SUFFIX)]
+    for entry in left:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, entry))
+    return bool(names or left)
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
 
 
 class LogSpace:
@@ -90,7 +173,7 @@ class DiskLog:
         space: LogSpace | None = None,
     ) -> None:
         self.disk = disk
-        self.path = os.path.join(directory, f"{disk.spec.name}.log")
+        self.path = os.path.join(directory, disk.spec.name + SUFFIX)
         self.generation = 0
         self.committed_epoch = 0
         self._monitor = monitor
@@ -130,7 +213,7 @@ class DiskLog:
             self._monitor.execute(
                 "blockdev-add",
                 driver="blklogwrites",
-                file=disk.node,
+                file=image_node(disk, self._monitor),
                 log=disk.file_node,
                 # Flushes go on to the image, but not into the log: its order is what counts.
                 cache={"no-flush": True},
@@ -141,7 +224,8 @@ class DiskLog:
                     "log-super-update-interval": SUPER_BLOCK_INTERVAL,
                 },
             )
-            self._attach(disk.filter_node)
+            # QEMU drains the disk's requests for that.
+            _attach(disk.qom_path, disk.filter_node, self._monitor)
         except BaseException as error:
             with contextlib.suppress(exception.GuestError):
                 self.uninstall()
@@ -162,10 +246,6 @@ class DiskLog:
         self._peak, self._broken = 0, ""
         self._remember()
 
-    def _attach(self, node: str) -> None:
-        """Let the device work on this node from now on. QEMU drains its requests for that."""
-        self._monitor.execute("qom-set", path=self.disk.qom_path, property="drive", value=node)
-
     def unplug(self) -> None:
         """Take the filter off; the log is complete then, and can be read until :meth:`uninstall`.
 
@@ -174,25 +254,7 @@ class DiskLog:
 
         :raises nova_pmt.exception.GuestError: QEMU refused.
         """
-        disk = self.disk
-        try:
-            attached = attached_node(disk.qom_path, self._monitor)
-        except exception.GuestGone:
-            raise
-        except exception.GuestError:
-            attached = ""  # the device was unplugged
-        if attached == disk.filter_node:
-            self._attach(disk.node)
-        self._delete_node(disk.filter_node)
-        self._delete_node(disk.file_node)
-
-    def _delete_node(self, name: str) -> None:
-        try:
-            self._monitor.execute("blockdev-del", **{"node-name": name})
-        except QmpCommandError:
-            nodes = self._monitor.execute("query-named-block-nodes", flat=True)
-            if any(node.get("node-name") == name for node in nodes):
-                raise
+        _take_off(self.disk.spec.name, self._monitor)
 
     def uninstall(self) -> None:
         """Leave the disk as if it had never been logged: no filter, no nodes, no file. Idempotent.
@@ -237,11 +299,9 @@ class DiskLog:
         :raises nova_pmt.exception.GuestError: QEMU refused.
         """
         log = cls(disk, monitor, directory)
-        nodes = monitor.execute("query-named-block-nodes", flat=True)
-        ours = {disk.filter_node, disk.file_node}
-        found = os.path.lexists(log.path) or any(node.get("node-name") in ours for node in nodes)
-        if found:
-            log.uninstall()
+        found = _take_off(disk.spec.name, monitor) or os.path.lexists(log.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(log.path)
         return found
 
     # -- rounds -------------------------------------------------------------------------

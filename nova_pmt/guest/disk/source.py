@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from nova_pmt import exception
 from nova_pmt.guest import nbd
 from nova_pmt.guest.disk import bitmap
-from nova_pmt.guest.disk.discover import GuestDisk
+from nova_pmt.guest.disk.discover import GuestDisk, image_node
 from nova_pmt.guest.monitor import Monitor, QmpCommandError
 
 SOCKET = "copy.sock"
@@ -128,7 +128,7 @@ class DiskSource:
             id=name,
             name=name,
             writable=False,
-            **{"node-name": disk.node},
+            **{"node-name": image_node(disk, self._monitor)},
             **arguments,
         )
         export = nbd.Export(os.path.join(self._directory, SOCKET), name, bitmaps)

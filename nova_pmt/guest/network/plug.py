@@ -53,7 +53,7 @@ ORDER_TIMEOUT_S = 0.02
 DETACH_TIMEOUT_S = 10.0
 #: Packets that were on their way to the IFB when its redirection was taken away have arrived
 #: after this: the kernel's readers of the filter list are done by then (RCU).
-SETTLE_S = 0.05
+SETTLE_S = 0.02
 POLL_S = 0.0005
 _ZEROCOPY = Path("/sys/module/vhost_net/parameters/experimental_zcopytx")
 _CURE = (
@@ -261,7 +261,8 @@ class PlugBuffer(EgressBuffer):
         try:
             if not self._look():
                 return None
-            held, requests = None, []
+            held: float | None = None
+            requests: list[Request] = []
             while self._waiting and self._waiting[0].number <= epoch:
                 out = self._waiting.popleft()
                 if self._slots[out.slot].packets:
@@ -382,6 +383,7 @@ class PlugBuffer(EgressBuffer):
             )
             self._settle(rtnl, plugs, deadline)
             _take_off(rtnl, self._tap)
+        self._held = 0
         self.close()
 
     def _empty(self, rtnl: Rtnl, plugs: Plugs, deadline: float) -> None:

@@ -35,8 +35,8 @@ import functools
 import hashlib
 import os
 import re
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from socket import htons
 from typing import Any
@@ -437,8 +437,7 @@ def _try_features() -> None:
         except OSError as error:
             found.append(f"the kernel has {step}: {error.strerror}")
 
-    thread = threading.Thread(target=attempt, name="plug-probe")
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1, "plug-probe") as thread:
+        thread.submit(attempt).result()
     if found:
         raise _Missing(found[0])

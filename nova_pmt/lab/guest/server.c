@@ -42,18 +42,24 @@ static size_t free_mib(void)
 }
 
 /* One command line in, one answer line out. Returns 1 to restart the machine. */
-static int command(const char *line, char *out, size_t size)
+static int command(const char *line, int connection, char *out, size_t size)
 {
     unsigned a = 0, b = 0;
     char word[16] = "";
     int n = sscanf(line, "%15s %u %u", word, &a, &b);
     snprintf(out, size, "ok");
-    if (n == 1 && !strcmp(word, "counter")) {
+    if (!strncmp(line, "disk ", 5)) {
+        disk_command(line + 5, out, size);
+    } else if (!strncmp(line, "packets ", 8)) {
+        packets_command(line + 8, connection, out, size);
+    } else if (n == 1 && !strcmp(word, "counter")) {
         snprintf(out, size, "%llu", (unsigned long long)page.counter);
     } else if (n == 1 && !strcmp(word, "boot")) {
         snprintf(out, size, "%016llx", (unsigned long long)page.boot);
     } else if (n == 1 && !strcmp(word, "rounds")) {
         snprintf(out, size, "%llu", (unsigned long long)page.rounds);
+    } else if (n == 1 && !strcmp(word, "sunk")) {
+        snprintf(out, size, "%llu", (unsigned long long)sunk_bytes());
     } else if (n == 3 && !strcmp(word, "dirty") && (b || !a)) {
         dirty_ms = b ? b : 20;
         dirty_pages = a;
@@ -80,14 +86,17 @@ static int command(const char *line, char *out, size_t size)
         else
             snprintf(out, size, "error page %ld does not hold what was last written", bad);
     } else if (n == 1 && !strcmp(word, "status")) {
-        snprintf(out, size, "counter=%llu boot=%016llx rounds=%llu dirty=%u/%ums full=%u buffer=%zu fill=%zuMiB",
+        snprintf(out, size,
+                 "counter=%llu boot=%016llx rounds=%llu dirty=%u/%ums full=%u buffer=%zu fill=%zuMiB "
+                 "disks=%zu records=%llu",
                  (unsigned long long)page.counter, (unsigned long long)page.boot,
-                 (unsigned long long)page.rounds, dirty_pages, dirty_ms, dirty_full, buffer_pages(), filled_mib());
+                 (unsigned long long)page.rounds, dirty_pages, dirty_ms, dirty_full, buffer_pages(), filled_mib(),
+                 disk_count, (unsigned long long)record_count());
     } else if (n == 1 && !strcmp(word, "reboot")) {
         return 1;
     } else {
-        snprintf(out, size, "error commands: counter boot rounds status verify reboot | dirty PAGES MS | "
-                            "burst PAGES | full 0|1 | fill MIB | tick MS | console EVERY");
+        snprintf(out, size, "error commands: counter boot rounds sunk status verify reboot | "
+                            "dirty PAGES MS | burst PAGES | full 0|1 | fill MIB | tick MS | console EVERY | disk ... | packets ...");
     }
     return 0;
 }
@@ -105,7 +114,7 @@ static void *control_client(void *argument)
     char line[256], answer[256];
     FILE *f = fdopen(fd, "r");
     while (f && fgets(line, sizeof line, f)) {
-        int again = command(line, answer, sizeof answer - 1);
+        int again = command(line, fd, answer, sizeof answer - 1);
         strcat(answer, "\n");
         if (send(fd, answer, strlen(answer), MSG_NOSIGNAL) < 0)
             break;
@@ -173,7 +182,13 @@ static void serve(struct server *server)
 void serve_all(void)
 {
     static struct server echo = {.port = 7, .client = echo_client};
+    static struct server sink = {.port = 9, .client = sink_client};
+    static struct server source = {.port = 19, .client = source_client};
     static struct server control = {.port = 7000, .client = control_client};
+    static struct server transactions = {.port = 7001, .client = transaction_client};
     serve(&echo);
+    serve(&sink);
+    serve(&source);
     serve(&control);
+    serve(&transactions);
 }

@@ -16,7 +16,9 @@
  *
  * - a counter in a page of its own, which a host finds in guest memory by its magic;
  * - a dirtier that rewrites N pages every M milliseconds (memory.c);
- * - TCP echo on port 7, line commands on port 7000 (server.c).
+ * - TCP echo on port 7, line commands on port 7000 (server.c);
+ * - a transactional server on port 7001 (transactions.c), on all disks there are (disks.c);
+ * - streams and datagrams: a sink on port 9, a source on port 19 (traffic.c).
  *
  * Initial values come from the environment, that is from kernel arguments:
  * tick_ms, console_every, dirty_pages, dirty_ms, dirty_full, dirty_once, buffer_mib.
@@ -155,6 +157,10 @@ int main(void)
         dirty_pages = 0;
     }
     dirty(setting("dirty_once", 0), (int)dirty_full);
+
+    find_disks();
+    if (start_transactions())
+        say("ERROR no memory for transactions\n");
 
     memcpy(page.magic, "PMT-LAB-COUNTER", 16);
     serve_all();

@@ -50,7 +50,33 @@ size_t buffer_pages(void);
 size_t filled_mib(void);
 uint64_t mix(uint64_t x); /* splitmix64: cheap, and looks random to a compressor */
 
-/* server.c: TCP echo on port 7, line commands on port 7000. */
+/* disks.c: what there is, by the host's names (vda, sda), and load beside the records. */
+#define MAX_DISKS 16
+#define LOAD_AT (48ull << 20) /* records of transactions lie below, load above */
+struct disk {
+    char name[8];
+    int fd; /* O_DIRECT */
+    int writable;
+    uint64_t size;
+};
+extern struct disk disks[MAX_DISKS];
+extern size_t disk_count;
+void find_disks(void);
+void *io_buffer(size_t bytes); /* whole pages, zero, or NULL */
+void disk_command(const char *line, char *out, size_t size);
+
+/* transactions.c: a transactional server on port 7001. */
+int start_transactions(void);
+void *transaction_client(void *connection);
+uint64_t record_count(void);
+
+/* traffic.c: sink (port 9) and source (port 19) of TCP streams, datagrams. */
+void *sink_client(void *connection);
+void *source_client(void *connection);
+uint64_t sunk_bytes(void);
+void packets_command(const char *line, int connection, char *out, size_t size);
+
+/* server.c: TCP echo on port 7, line commands on port 7000, and the servers above. */
 void serve_all(void);
 
 #endif

@@ -84,6 +84,10 @@ class TimedWorld(World):
             self.at.remove((due, action))
             action()
 
+    def synchronise(self, progress: Callable[[int, int], None] | None = None) -> None:
+        self.copy_disks()
+        self.loop.synchronise(progress)
+
     def run_for(self, seconds: float) -> None:
         self.at.append((self.now + seconds, lambda: self.checkpointer.post(self.loop.end)))
         self.loop.run()
@@ -112,14 +116,14 @@ class TimedWorld(World):
 def test_first_synchronisation_ends_with_its_commit() -> None:
     world = TimedWorld()
     world.guest.write(range(300))
-    world.loop.synchronise()
+    world.synchronise()
     assert world.checkpointer.committed == 1
     world.check()
 
 
 def test_pauses_start_at_the_interval() -> None:
     world = TimedWorld()
-    world.loop.synchronise()
+    world.synchronise()
     world.load(0.01, range(30))
     world.run_for(2.0)
     starts = world.starts()[1:]
@@ -134,7 +138,7 @@ def test_pauses_start_at_the_interval() -> None:
 
 def test_time_of_passes_is_taken_off_the_wait() -> None:
     world = TimedWorld()
-    world.loop.synchronise()
+    world.synchronise()
     scan = world.memory.scan
 
     def slow_scan():  # type: ignore[no-untyped-def]
@@ -151,7 +155,7 @@ def test_time_of_passes_is_taken_off_the_wait() -> None:
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_a_slow_wire_holds_the_next_pause_but_not_the_guest(depth: int) -> None:
     world = TimedWorld(2_000_000, depth=depth, cache_slabs=100)  # 300 pages take 0.6 s
-    world.loop.synchronise()
+    world.synchronise()
     world.throttled_at.clear()
     world.load(0.01, range(300))
     world.run_for(6.0)
@@ -166,7 +170,7 @@ def test_a_slow_wire_holds_the_next_pause_but_not_the_guest(depth: int) -> None:
 
 def test_the_throttle_is_let_go_when_the_load_ends() -> None:
     world = TimedWorld(2_000_000)
-    world.loop.synchronise()
+    world.synchronise()
     world.load(0.01, range(300))
     world.at.append((3.0, world.unload))
     world.at.append((10.0, lambda: world.checkpointer.post(world.loop.end)))
@@ -180,7 +184,7 @@ def test_the_throttle_is_let_go_when_the_load_ends() -> None:
 def test_a_full_cache_holds_the_next_pause() -> None:
     """One checkpoint fills the cache: its commit must come first, whatever the depth."""
     world = TimedWorld(2_000_000, depth=8, cache_slabs=8)
-    world.loop.synchronise()
+    world.synchronise()
     world.load(0.01, range(100))
     world.run_for(4.0)
     assert max(world.flying_at_pause) <= 1
@@ -192,7 +196,7 @@ def test_a_full_cache_holds_the_next_pause() -> None:
 
 def test_a_guest_that_its_operator_paused_stays_paused() -> None:
     world = TimedWorld()
-    world.loop.synchronise()
+    world.synchronise()
     world.run_for(0.3)
     rounds = world.execution.pauses
     world.execution.paused_by_operator = True
@@ -212,7 +216,7 @@ def test_a_guest_that_its_operator_paused_stays_paused() -> None:
 
 def test_end_is_obeyed_while_the_wire_stands_still() -> None:
     world = TimedWorld()
-    world.loop.synchronise()
+    world.synchronise()
     world.link.broken = True
     world.run_for(1.0)
     assert world.checkpointer.in_flight == 2
@@ -220,7 +224,7 @@ def test_end_is_obeyed_while_the_wire_stands_still() -> None:
 
 def test_a_lost_peer_ends_the_loop_with_its_error() -> None:
     world = TimedWorld()
-    world.loop.synchronise()
+    world.synchronise()
 
     def lost() -> None:
         raise exception.PeerLost("silent")
@@ -237,6 +241,6 @@ def test_garbage_is_collected_between_rounds_only(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         "nova_pmt.checkpoint.loop.gc.collect", lambda _gen: collections.append(world.guest.paused)
     )
-    world.loop.synchronise()
+    world.synchronise()
     world.run_for(INTERVAL_S * 140)
     assert collections == [False, False]

@@ -13,7 +13,8 @@
 """Everything between guest and image, driven through its interleavings.
 
 Whatever the order of guest writes, passes, pauses, frames, commits and failures: after commit
-n the image is the guest's memory at the pause of checkpoint n, byte for byte.
+n the image is the guest's memory at the pause of checkpoint n, and the images of its disks are
+what they were then, byte for byte.
 """
 
 from __future__ import annotations
@@ -53,10 +54,19 @@ class Pair(RuleBasedStateMachine):
         chaos=st.sampled_from((0.0, 0.01, 0.1)),
         late=st.booleans(),
         written=st.integers(0, PAGES),
+        disks=st.sampled_from(((24, 60), (40,), ())),
     )
-    def protect(self, seed: int, chaos: float, late: bool, written: int) -> None:
+    def protect(
+        self, seed: int, chaos: float, late: bool, written: int, disks: tuple[int, ...]
+    ) -> None:
         self.world = World(
-            PAGES, 9, staging_slabs=STAGING, seed=seed, chaos=chaos, late_commits=late
+            PAGES,
+            9,
+            staging_slabs=STAGING,
+            seed=seed,
+            chaos=chaos,
+            late_commits=late,
+            disk_sectors=disks,
         )
         self.world.guest.write(range(written))
         self.world.guest.write(range(0, written, 7), zeros=True)
@@ -72,6 +82,12 @@ class Pair(RuleBasedStateMachine):
     @rule(pages=st.lists(st.integers(0, PAGES - 1), max_size=20))
     def guest_writes_here_and_there(self, pages: list[int]) -> None:
         self.world.guest.write(sorted(set(pages)))
+
+    @precondition(lambda self: not self.over)
+    @rule(requests=st.integers(1, 4))
+    def guest_writes_to_its_disks(self, requests: int) -> None:
+        for _ in range(requests):
+            self.world.write_disk()
 
     @precondition(lambda self: not self.over)
     @rule()
@@ -129,12 +145,12 @@ class Pair(RuleBasedStateMachine):
     @precondition(lambda self: not self.over)
     @rule(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), skip=st.integers(0, 5))
     def bit_flips(self, where: float, bit: int, skip: int) -> None:
-        """One bit of one PAGES or COMMIT payload; no TLS."""
+        """One bit of one PAGES, LOG or COMMIT payload; no TLS."""
         flipped = []
 
         def flip(header: Header, frame: bytearray) -> None:
             nonlocal skip
-            if flipped or header.type not in (Type.PAGES, Type.COMMIT):
+            if flipped or header.type not in (Type.PAGES, Type.LOG, Type.COMMIT):
                 return
             if skip and header.type is not Type.COMMIT:
                 skip -= 1
@@ -147,6 +163,7 @@ class Pair(RuleBasedStateMachine):
         committed = self.world.standby.receiver.committed
         self.world.link.flip = flip
         self.world.guest.write((5, 6, PAGES - 1))
+        self.world.write_disk()
         with pytest.raises(exception.CheckpointCorrupt):
             self.round_and_commit()
         assert flipped

@@ -412,9 +412,7 @@ def test_a_pass_waits_for_a_commit_when_everything_is_in_flight(world: World) ->
 
 def synchronised(world: World) -> list[tuple[int, int]]:
     progress: list[tuple[int, int]] = []
-    world.checkpointer.synchronise(lambda done, total: progress.append((done, total)))
-    world.round()
-    world.settle()
+    world.synchronise(lambda done, total: progress.append((done, total)))
     world.check()
     return progress
 
@@ -452,6 +450,7 @@ def test_pages_never_touched_are_not_even_looked_at() -> None:
 def test_a_page_that_becomes_zero_again_is_sent_as_zero() -> None:
     world = World(PAGES, 10)
     world.guest.write(range(20))
+    world.copy_disks()
     world.checkpointer.synchronise()
     world.guest.write(range(20), zeros=True)
     world.round()

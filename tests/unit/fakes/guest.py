@@ -148,6 +148,7 @@ class FakeExecution:
         self.paused_by_operator = False
         self.steps_of_pauses: list[int] = []
         self.clock_step: Callable[[str], None] = lambda _name: None
+        self.held = False
         self._saving = False
         self._state = b""
 
@@ -174,7 +175,7 @@ class FakeExecution:
     def hold(self) -> None:
         self.faults.enter("hold guest")
         assert not self.guest.paused, "stopped twice"
-        self.guest.paused = True
+        self.guest.paused = self.held = True
         self.faults.leave()
 
     def resume(self) -> None:
@@ -182,7 +183,7 @@ class FakeExecution:
         self.clock_step("resume")
         if self.guest.paused:
             self.steps_of_pauses.append(self.guest.paused_steps)
-        self.guest.paused = False
+        self.guest.paused = self.held = False
         self._saving = False
         self.faults.leave()
 
@@ -216,6 +217,8 @@ class FakeOutput:
         self.released: list[int] = []
         self.pressure = 0.0
         self.broken = ""
+        self.held_s: float | None = None
+        self.on_release: Callable[[int], None] = lambda _epoch: None
         self._guest = guest
         self._faults = faults or Faults()
 
@@ -226,7 +229,9 @@ class FakeOutput:
         self.cuts.append(epoch)
         self._faults.leave()
 
-    def release(self, epoch: int) -> None:
+    def release(self, epoch: int) -> float | None:
         assert epoch in self.cuts, "released before its end"
         assert self.released == list(range(1, epoch)), "released out of order"
         self.released.append(epoch)
+        self.on_release(epoch)
+        return self.held_s

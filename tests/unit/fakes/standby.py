@@ -65,9 +65,15 @@ class AsideImage(StandbyImage):
 class FakeStandby:
     """Receiver and image behind a frame reader, as the standby worker has them."""
 
-    def __init__(self, layout: Layout, staging_bytes: int, disks: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        staging_bytes: int,
+        disks: Sequence[int] = (),
+        readonly: Sequence[int] = (),
+    ) -> None:
         self.image = AsideImage(layout)
-        self.journal, self.images = journal(disks)
+        self.journal, self.images = journal(disks, readonly)
         self.staging = SlabCache(staging_bytes)
         self.acknowledged: list[int] = []
         self.images_at_acknowledge: list[int] = []

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import numpy as np
@@ -40,6 +40,10 @@ from tests.unit.fakes.guest import (
 )
 from tests.unit.fakes.standby import FakeLink, FakeStandby, two_blocks
 
+#: Bytes of blocks and logs under way; entries are larger, and so is a disk.
+DISK_WINDOW = 6000
+#: Bytes of a block of the first copy: no number of pages.
+BLOCK = 5 * SECTOR
 #: Steps without any event after which a wait is taken for one without an end.
 PATIENCE = 5000
 
@@ -53,6 +57,7 @@ def small_slabs(pages: int = 16) -> Iterator[None]:
             (slab_cache, {**sizes, "SLAB_BYTES": pages * PAGE_SIZE}),
             (epoch, {**sizes, "SCRATCH_PAGES": pages // 2}),
             (round, {**sizes, "SYNC_WINDOW_SLABS": 3, "SYNC_GOAL_PAGES": pages}),
+            (round, {"DISK_WINDOW_BYTES": DISK_WINDOW}),
             (receiver, sizes),
         ):
             stack.enter_context(mock.patch.multiple(module, **names))
@@ -74,6 +79,8 @@ class World:
     """See the module's text.
 
     :param chaos: probability that somebody does something at a step of the guest's readers.
+    :param disk_sectors: sizes of the guest's disks.
+    :param readonly: numbers of those that it does not write.
     """
 
     def __init__(
@@ -86,7 +93,8 @@ class World:
         seed: int = 0,
         chaos: float = 0.0,
         late_commits: bool = False,
-        disk_sectors: tuple[int, ...] = (64, 200),
+        disk_sectors: tuple[int, ...] = (24, 60),
+        readonly: tuple[int, ...] = (),
     ) -> None:
         self.rng = random.Random(seed)
         self.chaos = chaos
@@ -100,10 +108,17 @@ class World:
             two_blocks(page_count, side_pages),
             staging_slabs * slab_cache.SLAB_BYTES,
             [sectors * SECTOR for sectors in disk_sectors],
+            readonly,
         )
-        self.disks = [FakeDisk(self.guest, sectors, self.faults) for sectors in disk_sectors]
-        self.guest.on_pause = self._on_pause
         self.link = FakeLink(self.standby.feed)
+        self.disks = [
+            FakeDisk(self.guest, sectors, self.faults, self._in_pause) for sectors in disk_sectors
+        ]
+        for disk in self.disks:
+            disk.limit = 64 << 10  # what the first copy sends ahead of time comes often
+            disk.write(0, len(disk.data) // SECTOR // 2)
+        self.written = [disk for number, disk in enumerate(self.disks) if number not in readonly]
+        self.guest.on_pause = self._on_pause
         self.sender = Sink(self.link, self.faults)
         self.cache = SlabCache(cache_slabs * slab_cache.SLAB_BYTES)
         self.records: list[RoundRecord] = []
@@ -112,14 +127,14 @@ class World:
             self.execution,
             self.sender,
             self.cache,
-            logs=dict(enumerate(self.disks)),
+            logs={n: disk for n, disk in enumerate(self.disks) if n not in readonly},
             on_round=self.records.append,
         )
         self.checkpointer.world = self
         self.checkpointer.arm((self.output,))
-        self.told = 0
+        self.told = self.discards = 0
         self.waited = 0
-        self._checked = (0, 0)
+        self._checked = (0, 0, 0)
         if chaos:
             self.guest.meddle = self.meddle
 
@@ -139,25 +154,48 @@ class World:
         for disk in self.disks:
             disk.pause(number)
 
+    def _in_pause(self) -> bool:
+        """After a switchover's last pause nobody waits for the guest any more."""
+        return self.link.held or self.execution.held
+
     def write_disks(self) -> None:
         """The guest writes to one of its disks, or none."""
-        if not self.disks or self.rng.random() < 0.5:
+        if self.rng.random() < 0.5:
+            self.write_disk()
+
+    def write_disk(self) -> None:
+        """The guest writes or discards some sectors, anywhere."""
+        if not self.written:
             return
-        disk = self.rng.choice(self.disks)
+        disk = self.rng.choice(self.written)
         sectors = len(disk.data) // SECTOR
         first = self.rng.randrange(sectors)
         count = self.rng.randint(1, min(20, sectors - first))
-        disk.write(first, count, discard=self.rng.random() < 0.2)
+        discard = self.rng.random() < 0.2
+        self.discards += discard
+        disk.write(first, count, discard=discard)
 
     def blocks(self) -> Iterator[tuple[int, int, memoryview]]:
         """The disks, block by block, while the guest writes on them."""
         for number, disk in enumerate(self.disks):
-            for at in range(0, len(disk.data), 5 * SECTOR):
-                if self.chaos:
-                    self.meddle()
-                yield number, at, memoryview(bytes(disk.data[at : at + 5 * SECTOR]))
+            for at in range(0, len(disk.data), BLOCK):
+                self.meddle_with_disks()
+                head = bytes(disk.data[at : at + BLOCK // 2])
+                self.meddle_with_disks()  # a block can be torn
+                yield number, at, memoryview(head + disk.data[at + BLOCK // 2 : at + BLOCK])
 
-    total_bytes = 1
+    def meddle_with_disks(self) -> None:
+        """As :meth:`meddle`, but there are few blocks, so that it does more."""
+        if not self.chaos:
+            return
+        if self.rng.random() < 0.4:
+            self.write_disk()
+        if self.rng.random() < 0.4:
+            self.progress()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(len(disk.data) for disk in self.disks)
 
     def write_some(self, count: int) -> None:
         """The guest writes pages that lie together, as guests do."""
@@ -198,12 +236,16 @@ class World:
 
     # -- rounds -------------------------------------------------------------------------
 
-    def synchronise(self) -> None:
-        """First synchronisation and the commit of checkpoint 1."""
-        for disk in self.disks:
+    def copy_disks(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Logs on, then the first copy of the disks: what comes before memory's."""
+        for disk in self.written:
             disk.logging = True
-        self.checkpointer.copy_disks(self)
-        self.checkpointer.synchronise()
+        self.checkpointer.copy_disks(self, progress=progress)
+
+    def synchronise(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """First synchronisation and the commit of checkpoint 1."""
+        self.copy_disks()
+        self.checkpointer.synchronise(progress)
         self.round()
         self.settle()
         assert self.checkpointer.committed == 1
@@ -227,19 +269,23 @@ class World:
         assert self.checkpointer.committed <= committed
         assert not self.guest.paused and not self.link.held
         assert self.cache.backed_slabs <= self.cache.limit_slabs
+        taken = list(range(self.checkpointer.committed + 1, self.checkpointer.epoch))
+        assert all(list(disk.waiting) == taken for disk in self.written)
         self.check_image()
 
     def check_image(self) -> None:
         """The image and the device state are of one and the same pause."""
-        receiver, image = self.standby.receiver, self.standby.image
-        if not receiver.committed or self._checked == (receiver.committed, image.writes):
+        receiver, image, images = self.standby.receiver, self.standby.image, self.standby.images
+        now = (receiver.committed, image.writes, images.writes)
+        if not receiver.committed or self._checked == now:
             return
-        self._checked = (receiver.committed, image.writes)
+        self._checked = now
         pause = pause_of(receiver.device_state)
         snapshots = self.execution.snapshots
         assert np.array_equal(image.contents(), snapshots[pause])
-        for disk, found in zip(self.disks, self.standby.images.data, strict=True):
-            assert found == disk.snapshots[pause]
+        for number, disk in enumerate(self.disks):
+            same = images.data[number] == disk.snapshots[pause]
+            assert same, f"disk {number} is not what it was at pause {pause}"
             for old in [number for number in disk.snapshots if number < pause]:
                 del disk.snapshots[old]
         for old in [number for number in snapshots if number < pause]:
@@ -281,6 +327,18 @@ class Sink(Sender):
             assert len(np.unique(numbers)) == len(numbers)
             self.spilled += 1
         super().send_pages(epoch, numbers, data, sent)
+        self._faults.leave()
+
+    def send_log(self, epoch, disk, part, sent) -> None:  # type: ignore[no-untyped-def]
+        self._faults.enter("send_log")
+        assert epoch not in self.commits, "a log after its commit"
+        super().send_log(epoch, disk, part, sent)
+        self._faults.leave()
+
+    def send_block(self, disk, offset, data, sent) -> None:  # type: ignore[no-untyped-def]
+        self._faults.enter("send_block")
+        assert not self.commits, "a first copy after the first commit"
+        super().send_block(disk, offset, data, sent)
         self._faults.leave()
 
     def send_commit(self, epoch: int, device_state: bytes) -> None:

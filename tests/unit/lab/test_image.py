@@ -40,6 +40,8 @@ def tools(monkeypatch):
             modules.mkdir(parents=True)
             (modules / "virtio_net.ko").write_text("net")
             (modules / "virtio.ko").write_text("virtio")
+            (modules / "sd_mod.ko").write_text("disk")
+            (modules / "scsi_mod.ko").write_text("scsi")
         elif argv[0] == "gcc":
             with open(argv[argv.index("-o") + 1], "wb") as f:
                 f.write(b"program")
@@ -90,6 +92,7 @@ def test_failed_build_leaves_nothing(tools, tmp_path, monkeypatch):
 def test_modules_are_listed_in_loading_order(tools, tmp_path):
     data = image.build(tmp_path).initrd.read_bytes()
     assert b"virtio\nvirtio_net\n" in data
+    assert b"scsi_mod\nsd_mod\n" in data  # a list of its own: few guests need them
 
 
 def test_same_input_makes_the_same_archive(tools, tmp_path):

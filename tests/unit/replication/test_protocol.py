@@ -31,6 +31,7 @@ from nova_pmt.replication import protocol
 from nova_pmt.replication.link import Buffers, FrameReader, read_frame
 from nova_pmt.replication.protocol import (
     DIGEST_BYTES,
+    DISK_BYTES,
     HEADER,
     LIMITS,
     MAX_PAGES,
@@ -61,6 +62,8 @@ def headers(draw: st.DrawFn, max_length: int = 1 << 32) -> Header:
         length = value * PAGE_RECORD
     elif kind is Type.COMMIT:
         length = max(length, DIGEST_BYTES)
+    elif kind in (Type.BLOCK, Type.LOG):
+        length = max(length, 1)
     return Header(kind, length, draw(st.integers(0, 2**64 - 1)), value)
 
 
@@ -109,6 +112,10 @@ def test_a_damaged_header_is_refused_or_means_another_frame(
         Header(Type.COMMITTED, 8, 1),
         Header(Type.HELLO, (1 << 16) + 1),
         Header(Type.BYE, 4, flags=1),
+        Header(Type.BLOCK, 0, 1),
+        Header(Type.BLOCK, DISK_BYTES + 1, 1),
+        Header(Type.LOG, 0, 1),
+        Header(Type.LOG, DISK_BYTES + 1, 1),
     ],
     ids=str,
 )
@@ -267,7 +274,8 @@ def test_the_right_primary_is_welcome() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"protocol": 1}, {"protocol": 3}, {"protocol": None}, {"page_size": 16384}, {"pair": "x"}]
+    "changes",
+    [{"protocol": 1}, {"protocol": 3}, {"protocol": None}, {"page_size": 16384}, {"pair": "x"}],
 )
 def test_another_version_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(exception.ProtocolMismatch) as caught:
