@@ -104,8 +104,8 @@ class Endpoint:
         return self._service.prepare_standby(pair, domain_xml, layout, disks)
 
     @enveloped
-    def release_standby(self, uuid: str, generation: int) -> Any:
-        return self._service.release_standby(uuid, generation)
+    def release_standby(self, uuid: str, generation: int, forget: bool = False) -> Any:
+        return self._service.release_standby(uuid, generation, forget)
 
     @enveloped
     def unprotect(self, domain: str) -> Any:

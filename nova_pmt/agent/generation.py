@@ -99,11 +99,14 @@ class Beginner:
             f"the primary worker of {entry.uuid} ended as {outcome.state}: {outcome.reason}"
         )
 
-    def released(self, pair: Pair) -> bool:
-        """Whether it is sure that no standby of this generation is left that could go on."""
+    def released(self, pair: Pair, *, forget: bool = False) -> bool:
+        """Whether it is sure that no standby of this generation is left that could go on.
+
+        :param forget: delete the images of its disks as well.
+        """
         try:
             answer = self._parts.api.release_standby(
-                pair.standby_host, uuid=pair.uuid, generation=pair.generation
+                pair.standby_host, uuid=pair.uuid, generation=pair.generation, forget=forget
             )
         except exception.PmtError as error:
             LOG.warning("%s: its standby on %s: %s", pair.uuid, pair.standby_host, error)

@@ -96,8 +96,12 @@ class Host(Protocol):
     def destroy(self, uuid: str) -> None:
         """End the domain at once: it lost the pair. No error when it is gone already."""
 
+    def forget_images(self, uuid: str) -> None:
+        """Delete the images of a standby that is gone. Idempotent; never those of a guest."""
+
     def cleanup_standby(self, uuid: str, generation: int) -> None:
-        """Destroy a waiting standby that a dead worker left. Idempotent.
+        """Destroy a waiting standby that a dead worker left, with images that are of no use.
+        Idempotent.
 
         Must never touch a domain that is not one of our waiting standbys.
         """

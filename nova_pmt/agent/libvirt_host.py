@@ -36,7 +36,7 @@ from nova_pmt.guest.network import choose
 from nova_pmt.guest.tracker import MemoryTracker
 from nova_pmt.plugins import load_class
 from nova_pmt.standby import domainxml
-from nova_pmt.standby.images import standby_disks
+from nova_pmt.standby.images import images_are_kept, standby_disks
 from nova_pmt.standby.settle import settle
 
 LOG = log.getLogger(__name__)
@@ -206,6 +206,14 @@ class LibvirtHost:
         with contextlib.suppress(exception.UnknownDomain):
             self._find(uuid).destroy()
 
+    def forget_images(self, uuid: str) -> None:
+        """See the interface."""
+        with (
+            contextlib.suppress(exception.ImageExists),
+            standby_disks(self._conf, uuid, ()) as disks,
+        ):
+            disks.remove()
+
     def cleanup_standby(self, uuid: str, generation: int) -> None:
         """See the interface."""
         try:
@@ -222,3 +230,5 @@ class LibvirtHost:
             if status == "running":
                 return
         domain.destroy()
+        if not images_are_kept(self._conf, uuid):
+            self.forget_images(uuid)

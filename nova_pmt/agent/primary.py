@@ -260,6 +260,7 @@ class Primaries:
         """Whether a guest that runs alone is to be protected again; otherwise let go of it."""
         if not entry.wanted:
             self._parts.pairs.drop(entry, "unprotected", "on request")
+            self._beginner.released(entry.pair, forget=True)
         elif not self._parts.resync:
             self._parts.pairs.drop(entry, "primary_alone", f"{entry.reason}; [agent] resync is off")
         else:

@@ -123,9 +123,14 @@ class AgentAPI:
             disks=disks or [],
         )
 
-    def release_standby(self, host: str, *, uuid: str, generation: int) -> dict[str, Any]:
-        """End a standby of that generation or an older one; ``gone`` tells that there is none."""
-        return self._work(host, "release_standby", uuid=uuid, generation=generation)
+    def release_standby(
+        self, host: str, *, uuid: str, generation: int, forget: bool = False
+    ) -> dict[str, Any]:
+        """End a standby of that generation or an older one; ``gone`` tells that there is none.
+
+        With ``forget`` the images of its disks go, too, which are kept otherwise.
+        """
+        return self._work(host, "release_standby", uuid=uuid, generation=generation, forget=forget)
 
     def unprotect(self, host: str, domain: str) -> dict[str, Any]:
         """End protection; the guest runs on."""

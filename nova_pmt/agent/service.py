@@ -133,9 +133,11 @@ class AgentService:
             inputs.disks(disks),
         )
 
-    def release_standby(self, uuid: str, generation: int) -> dict[str, Any]:
+    def release_standby(self, uuid: str, generation: int, forget: bool = False) -> dict[str, Any]:
         """End a standby of that generation or an older one."""
-        return self._standbys.release(inputs.uuid(uuid), inputs.generation(generation))
+        return self._standbys.release(
+            inputs.uuid(uuid), inputs.generation(generation), forget is True
+        )
 
     def unprotect(self, domain: str) -> dict[str, Any]:
         """End protection; the guest runs on."""

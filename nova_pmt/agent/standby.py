@@ -110,17 +110,22 @@ class Standbys:
         ).start()
         return self._await_ready(entry, worker)
 
-    def release(self, uuid: str, generation: int) -> dict[str, Any]:
+    def release(self, uuid: str, generation: int, forget: bool) -> dict[str, Any]:
         """End a standby of that generation or an older one.
 
+        :param forget: delete the images of its disks, too.
         :returns: ``gone``: that there is none which could still go on.
         """
         entry = self._parts.pairs.get(uuid)
         if entry is None or entry.record.role != "standby":
-            return {"gone": not self._parts.host.is_running(uuid)}
-        if entry.pair.generation > generation:
+            gone = not self._parts.host.is_running(uuid)
+        elif entry.pair.generation > generation:
             return {"gone": True}
-        return {"gone": self._end(entry)}
+        else:
+            gone = self._end(entry)
+        if gone and forget:
+            self._parts.host.forget_images(uuid)
+        return {"gone": gone}
 
     def take_over(self, entry: Entry) -> dict[str, Any]:
         """An operator's order to go on here; the arbiter has the last word.

@@ -20,12 +20,19 @@ from typing import Any
 
 from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest.disk.spec import DiskSpec
+from nova_pmt.standby import imagerecord
 from nova_pmt.standby.disks import StandbyDisks
 
 
 def records_directory(conf: Any) -> str:
     """Where it is written down which images are ours."""
     return os.path.join(conf.state_path, "images")
+
+
+def images_are_kept(conf: Any, uuid: str) -> bool:
+    """Whether there are images of a standby that the next synchronisation can go on from."""
+    record = imagerecord.load(records_directory(conf), uuid)
+    return record is not None and record.role == "standby" and record.consistent is not None
 
 
 def standby_disks(conf: Any, uuid: str, specs: Sequence[DiskSpec]) -> StandbyDisks:

@@ -210,7 +210,8 @@ def protect(
     shared = SimpleNamespace(directory=str(guest.host.lab.ctl.path(deployment.ARBITER)))
     FileArbiter(SimpleNamespace(arbiter=shared)).challenge(guest.uuid)
     with contextlib.ExitStack() as stack:
-        waiting = Worker(standby, control.StandbySpec(pair, xml, blocks, disks), standby_env, config)
+        standby_spec = control.StandbySpec(pair, xml, blocks, disks)
+        waiting = Worker(standby, standby_spec, standby_env, config)
         stack.callback(waiting.close)
         ready = waiting.wait(lambda event: event["event"] in ("ready", "error"))
         assert ready["event"] == "ready", ready

@@ -99,7 +99,8 @@ def _take_off(name: str, monitor: Monitor) -> bool:
             if image.get("virtual-size") != above.get("virtual-size"):
                 # It was resized meanwhile, and the filter kept that from the guest.
                 size = image.get("virtual-size")
-                monitor.execute("block_resize", size=size, **{"node-name": below[0]})
+                with contextlib.suppress(QmpCommandError):
+                    monitor.execute("block_resize", size=size, **{"node-name": below[0]})
         _delete_node(filter_node, monitor)
         if not device and below[0] not in devices:
             # The disk was detached, and libvirt failed to close its image, which was ours, too.

@@ -255,41 +255,40 @@ class PlugBuffer(EgressBuffer):
         self._cut_at = time.monotonic()
 
     def release(self, epoch: int) -> float | None:
-        rtnl, plugs = self._rtnl, self._plugs
-        if rtnl is None or plugs is None or self._broken:
-            return None
-        try:
-            if not self._look():
-                return None
-            held: float | None = None
-            requests: list[Request] = []
-            while self._waiting and self._waiting[0].number <= epoch:
-                out = self._waiting.popleft()
-                if self._slots[out.slot].packets:
-                    held = max(held or 0.0, time.monotonic() - out.first_at)
-                    if any(slot > out.slot for slot in self._leaving):
-                        rtnl.call(*requests)
-                        requests.clear()
-                        self._wait_for_others(out.slot)
-                    self._leaving.append(out.slot)
-                requests += plugs.release[out.slot]
-            rtnl.call(*requests, *self._new_limits())
-            return held
-        except OSError as error:
-            self._fail(f"epoch {epoch} was not released: {error}")
-            return None
+        self._committed = max(self._committed, epoch)
+        return self._let_out(ORDER_WAIT_S)
 
-    def _wait_for_others(self, slot: int) -> None:
-        """Wait until no earlier epoch is in a higher band, which the kernel empties after ours.
+    def _let_out(self, patience_s: float) -> float | None:
+        """Let out what is committed, in order.
 
-        It takes the kernel some microseconds; if it has not come to it after the timeout, packets
-        change their order rather than wait for longer.
+        The kernel empties lower slots first, so before a slot after the turn of the lap is
+        released those before it must be empty, which takes the kernel some microseconds. If it has
+        not come to it for ``patience_s``, the rest is let out at the next look.
+
+        :returns: seconds for which the oldest packet was held.
         """
-        deadline = time.monotonic() + ORDER_TIMEOUT_S
-        while self._look() and any(other > slot for other in self._leaving):
-            if time.monotonic() > deadline:
-                return
+        held: float | None = None
+        give_up = time.monotonic() + patience_s
+        while self._look():
+            requests: list[Request] = []
+            while self._waiting and self._waiting[0].number <= self._committed:
+                out = self._waiting[0]
+                if self._slots[out.slot].packets:
+                    if any(slot > out.slot for slot in self._leaving):
+                        break
+                    held = max(held or 0.0, time.monotonic() - out.first_at)
+                    requests += self._plugs.release[out.slot]
+                    self._leaving.append(out.slot)
+                self._waiting.popleft()
+            try:
+                self._rtnl.call(*requests, *self._new_limits())
+            except OSError as error:
+                self._fail(f"epoch {self._committed} was not released: {error}")
+            due = bool(self._waiting) and self._waiting[0].number <= self._committed
+            if not due or time.monotonic() >= give_up:
+                break
             time.sleep(POLL_S)
+        return held
 
     def _look(self) -> bool:
         """Read the kernel's counters, and what it said of the cuts; false: it is broken."""

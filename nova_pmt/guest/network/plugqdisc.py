@@ -36,9 +36,9 @@ from dataclasses import dataclass
 from nova_pmt.guest.network import rtnetlink
 from nova_pmt.guest.network.rtnetlink import Request, Rtnl, attributes, request
 
-#: Epochs that wait (``[checkpoint] pipeline_depth`` is at most 8), the one under way, and some
-#: that still leave. ``sch_prio`` can have 16.
-SLOTS = 12
+#: As many as ``sch_prio`` can have: for epochs that wait (``[checkpoint] pipeline_depth`` is at most
+#: 8), the one under way, and those that still leave.
+SLOTS = 16
 #: Largest limit that ``sch_plug`` can have.
 MAX_LIMIT_BYTES = 0xFFFFFFFF
 

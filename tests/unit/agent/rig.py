@@ -133,6 +133,9 @@ class FakeHost:
         self.define(uuid, self.find(uuid).name, "running")
         return True
 
+    def forget_images(self, uuid: str) -> None:
+        self.calls.append(("forget_images", uuid))
+
     def cleanup_standby(self, uuid: str, generation: int) -> None:
         self.calls.append(("cleanup_standby", uuid))
         if self.state(uuid) == "waiting":

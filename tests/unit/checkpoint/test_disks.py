@@ -98,8 +98,9 @@ def test_a_log_that_overtakes_an_older_block_would_be_found_out() -> None:
     world = quiet()
 
     def overtake() -> None:
-        world.disks[0].write(0, 1)
-        world.checkpointer.send_logs_ahead()
+        if not len(world.disks[0]._log):
+            world.disks[0].write(0, 1)
+            world.checkpointer.send_logs_ahead()
 
     with pytest.raises(AssertionError, match="disk 0 is not what it was at pause 1"):
         copying(world, overtake)
@@ -168,10 +169,12 @@ def test_the_first_copy_keeps_to_its_rate_and_relieves_the_logs_meanwhile() -> N
 
     def wait(timeout_s: float) -> None:
         nonlocal now
-        now += timeout_s
-        world.disks[0].write(0, 4)
-        world.progress()
-        real(timeout_s)
+        if timeout_s < 1.0:  # for the rate, not for room
+            now += timeout_s
+            world.disks[0].write(0, 4)
+            world.link.step()
+        else:
+            real(timeout_s)
 
     world.wait = wait  # type: ignore[method-assign]
     world.disks[0].logging = True
@@ -204,6 +207,24 @@ def test_logs_are_relieved_while_memory_is_copied() -> None:
     world.round()
     world.settle()
     world.check()
+
+
+def test_logs_keep_to_their_limit_though_the_guest_writes_faster_than_the_wire() -> None:
+    """What they hold is memory of the host: the guest has to wait for the wire."""
+    world = quiet(disk_sectors=(40,))
+    world.guest.write(range(PAGES))
+    (disk,) = world.disks
+    real = world.wait
+
+    def wait(timeout_s: float) -> None:
+        if not world.guest.paused:
+            disk.write(0, 20)
+        assert disk.pressure <= 1.2, "the log grows without end"
+        real(timeout_s)
+
+    world.wait = wait  # type: ignore[method-assign]
+    world.copy_disks()
+    world.checkpointer.synchronise()
 
 
 def test_a_disk_that_is_only_read_is_copied_and_has_no_log() -> None:
@@ -281,9 +302,9 @@ def test_no_failure_in_the_first_synchronisation_leaves_the_guest_paused(after: 
     stopped = []
     for at, name in enumerate(names[: names.index("pause")]):
         world = first_synchronisation(at, after)
-        if world.guest.paused or world.link.held:
+        if world.guest.paused or (world.link.held and name != "hold"):
             stopped.append(name)
-    assert not stopped
+    assert not stopped, "the guest stays stopped when these fail"
 
 
 # -- rounds -----------------------------------------------------------------------------

@@ -1,0 +1,192 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What a guest does while it is measured, seen from outside: a client in ctl.
+
+All is timed out here: a guest's own clock stands still in every pause.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import socket
+import termios
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nova_pmt.exception import LabError
+from nova_pmt.lab import CONTROL_PORT, LabGuest
+from nova_pmt.lab.traffic import SINK_PORT, SOURCE_PORT
+
+ECHO_BYTES = 64
+MB = 1e6
+#: A connection finds its speed before the clock starts.
+STREAM_WARM_UP_S = 1.0
+_READ_BYTES = 1 << 20
+_TIMEOUT_S = 60.0
+#: Most blocks of one command: its answer must come in time.
+_MAX_BLOCKS = 1 << 20
+
+
+def echo(guest: LabGuest, seconds: float) -> list[float]:
+    """Milliseconds from each request of 64 bytes until its answer; one connection, one by one."""
+    data, found = bytes(range(ECHO_BYTES)), []
+    with guest.connect(timeout=_TIMEOUT_S) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _exchange(connection, data)
+        end = time.perf_counter() + seconds
+        while (start := time.perf_counter()) < end:
+            _exchange(connection, data)
+            found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+def _exchange(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(data)
+    left = len(data)
+    while left:
+        part = connection.recv(left)
+        if not part:
+            raise LabError("the guest closed the connection")
+        left -= len(part)
+
+
+def transactions(guest: LabGuest, seconds: float) -> list[float]:
+    """Milliseconds of each request to the transactional server, durable on every disk."""
+    found = []
+    with guest.transactions(1, _TIMEOUT_S) as client:
+        client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.request()
+        end = time.perf_counter() + seconds
+        while (start := time.perf_counter()) < end:
+            client.request()
+            found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+class DiskWriter:
+    """Has the guest write blocks; about as long as wanted, as fast as it goes.
+
+    :param order: ``seq`` or ``rand``.
+    :param disks: the guest's names of them; written to in turn.
+    """
+
+    def __init__(self, guest: LabGuest, order: str, block_kib: int, disks: tuple[str, ...]) -> None:
+        self._guest = guest
+        self._order, self._block_kib, self._disks = order, block_kib, disks
+        self._guess = max(1, 4096 // block_kib)
+
+    def write(self, seconds: float) -> float:
+        """MB/s; of one command for each disk, whose lengths follow from a short one before it."""
+        with self._guest.connect(CONTROL_PORT, _TIMEOUT_S) as connection:
+            lines = connection.makefile("rb")
+            taken = self._command(connection, lines, self._disks[0], self._guess)
+            # A short command under protection mostly waits for its answer: one step is not enough.
+            while taken < seconds / 8:
+                self._guess = self._scaled(seconds / 4 / taken)
+                taken = self._command(connection, lines, self._disks[0], self._guess)
+            blocks = self._scaled(seconds / len(self._disks) / taken)
+            start = time.perf_counter()
+            for disk in self._disks:
+                self._command(connection, lines, disk, blocks)
+            elapsed = time.perf_counter() - start
+        return blocks * len(self._disks) * self._block_kib * 1024 / MB / elapsed
+
+    def _scaled(self, factor: float) -> int:
+        return max(1, min(_MAX_BLOCKS, round(self._guess * min(factor, 16.0))))
+
+    def _command(
+        self, connection: socket.socket, lines: Any, disk: str, blocks: int
+    ) -> float:
+        text = f"disk write {self._order} {self._block_kib} {blocks} {disk}"
+        start = time.perf_counter()
+        connection.sendall(text.encode() + b"\n")
+        answer = lines.readline().decode()
+        if not answer.startswith("ok"):
+            raise LabError(f"{self._guest!r}: {text}: {answer.strip() or 'connection closed'}")
+        return time.perf_counter() - start
+
+
+def stream_from(guest: LabGuest, seconds: float) -> float:
+    """MB/s of TCP from the guest, as its client gets it."""
+    buffer = bytearray(_READ_BYTES)
+    with guest.connect(SOURCE_PORT, _TIMEOUT_S) as connection:
+        _receive(connection, buffer, STREAM_WARM_UP_S)
+        start = time.perf_counter()
+        count = _receive(connection, buffer, seconds)
+        return count / MB / (time.perf_counter() - start)
+
+
+def _receive(connection: socket.socket, buffer: bytearray, seconds: float) -> int:
+    end, count = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        part = connection.recv_into(buffer)
+        if not part:
+            raise LabError("the guest closed the connection")
+        count += part
+    return count
+
+
+def stream_to(guest: LabGuest, seconds: float) -> float:
+    """MB/s of TCP to the guest: what it has acknowledged."""
+    data = memoryview(bytes(_READ_BYTES))
+    sent = 0
+
+    def acknowledged(connection: socket.socket) -> int:
+        waiting = array.array("i", [0])
+        fcntl.ioctl(connection, termios.TIOCOUTQ, waiting, True)
+        return sent - waiting[0]
+
+    with guest.connect(SINK_PORT, _TIMEOUT_S) as connection:
+        end = time.perf_counter() + STREAM_WARM_UP_S
+        while time.perf_counter() < end:
+            sent += connection.send(data)
+        start, before = time.perf_counter(), acknowledged(connection)
+        end = start + seconds
+        while time.perf_counter() < end:
+            sent += connection.send(data)
+        count = acknowledged(connection) - before
+        return count / MB / (time.perf_counter() - start)
+
+
+class Background:
+    """Runs something again and again in a thread until the block's end; errors are raised there."""
+
+    def __init__(self, name: str, action: Callable[[threading.Event], None]) -> None:
+        self._end = threading.Event()
+        self._action = action
+        self._errors: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            while not self._end.is_set():
+                self._action(self._end)
+        except Exception as error:  # noqa: BLE001 - raised again by close()
+            self._errors.append(error)
+
+    def start(self) -> Background:
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """End it.
+
+        :raises LabError: it failed before.
+        """
+        self._end.set()
+        self._thread.join(_TIMEOUT_S)
+        if self._errors:
+            raise LabError(f"{self._thread.name}: {self._errors[0]}") from self._errors[0]
