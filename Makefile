@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+CAMPAIGN_ARGS ?=
 BENCH_ARGS ?= --memory 128,4096 --dirty 1000,5000,20000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit bench lint genconfig docs clean distclean
+.PHONY: help setup demo test unit bench campaign lint genconfig docs clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,10 @@ unit: setup ## The unit tests alone, within seconds
 bench: setup ## Measure pauses against their floor; writes build/bench/pause.json
 	@mkdir -p build/bench
 	$(BIN)/nova-pmt-bench pause $(BENCH_ARGS) --json build/bench/pause.json
+
+campaign: setup ## 500 random failures under requests; writes build/campaign/ (an hour)
+	@mkdir -p build/campaign
+	$(BIN)/nova-pmt-campaign run $(CAMPAIGN_ARGS)
 
 lint: setup ## ruff, bashate, codespell, mypy
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/lint.sh

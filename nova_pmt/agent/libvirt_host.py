@@ -103,7 +103,11 @@ class LibvirtHost:
         refusals = [*checks.refusals(xml), *checks.disk_problems(xml)]
         for problem in self._tracker_problems(), self._qemu_problems(domain):
             refusals += problem
-        return refusals, checks.warnings(xml)
+        warnings = checks.warnings(xml)
+        if "<disk " in xml:
+            with self._monitor(domain) as monitor:
+                warnings += discover.warnings(monitor)
+        return refusals, warnings
 
     def _tracker_problems(self) -> list[Refusal]:
         try:

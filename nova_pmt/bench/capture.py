@@ -37,8 +37,18 @@ from nova_pmt.bench.loads import Background
 from nova_pmt.bench.protection import protect
 from nova_pmt.bench.report import Report
 from nova_pmt.exception import LabError
-from nova_pmt.lab import Capture, Disk, GuestSpec, Lab, LabGuest, LabHost, Workload, capture
-from nova_pmt.lab import deployment, network
+from nova_pmt.lab import (
+    Capture,
+    Disk,
+    GuestSpec,
+    Lab,
+    LabGuest,
+    LabHost,
+    Workload,
+    capture,
+    deployment,
+    network,
+)
 from nova_pmt.lab.traffic import SOURCE_PORT
 from nova_pmt.worker import trace
 
@@ -205,9 +215,7 @@ def measure(
     }
 
 
-def run(
-    *, seconds: float, interval_ms: float, disks: bool, report: Report
-) -> list[dict[str, Any]]:
+def run(*, seconds: float, interval_ms: float, report: Report) -> list[dict[str, Any]]:
     """Measure. Returns one row.
 
     :raises nova_pmt.exception.PmtError: the lab or the product failed.
@@ -219,12 +227,10 @@ def run(
             "bench-capture",
             memory_mib=256,
             mtu=network.JUMBO,
-            disks=_DISKS if disks else (),
+            disks=_DISKS,
             workload=Workload(console_every=0, dirty_pages=200, dirty_ms=20),
         )
         guest = lab.computes[0].boot(spec).wait_ready(120)
         return [
-            measure(
-                guest, lab.computes[1], seconds=seconds, interval_ms=interval_ms, report=report
-            )
+            measure(guest, lab.computes[1], seconds=seconds, interval_ms=interval_ms, report=report)
         ]

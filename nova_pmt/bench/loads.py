@@ -107,9 +107,7 @@ class DiskWriter:
     def _scaled(self, factor: float) -> int:
         return max(1, min(_MAX_BLOCKS, round(self._guess * min(factor, 16.0))))
 
-    def _command(
-        self, connection: socket.socket, lines: Any, disk: str, blocks: int
-    ) -> float:
+    def _command(self, connection: socket.socket, lines: Any, disk: str, blocks: int) -> float:
         text = f"disk write {self._order} {self._block_kib} {blocks} {disk}"
         start = time.perf_counter()
         connection.sendall(text.encode() + b"\n")

@@ -130,6 +130,87 @@ def failover_table(row: dict[str, Any]) -> Table:
     return table
 
 
+def _yes(met: bool) -> str:
+    return "yes" if met else "NO"
+
+
+def output_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows of ``nova-pmt-bench output``."""
+    interval = rows[0]["interval_ms"]
+    table = Table(
+        title=f"Protected every {interval:g} ms against unprotected (before, after)",
+        caption="latency in ms p50 / p99, throughput in MB/s; goal: latency p50 at most interval + "
+        "pause + 5 ms, throughput at least 60 %",
+    )
+    table.add_column("load")
+    for name in (
+        *("unprotected", "protected", "ratio", "goal", "met", "drift"),
+        *("pause ms", "commit ms", "output delay ms", "throttled", "pages"),
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if row["kind"] == "latency":
+            before, after = (_pair(times) for times in row["off_ms"])
+            figures = (f"{before}, {after}", _pair(row["on_ms"]), f"{row['ratio']:.1f}")
+            goal = f"{row['bound_ms']:.1f} ms"
+        else:
+            before, after = (f"{speed:.1f}" for speed in row["off_mb_s"])
+            figures = (f"{before}, {after}", f"{row['on_mb_s']:.1f}", f"{row['ratio']:.2f}")
+            goal = f"{row['goal']:.2f}"
+        table.add_row(
+            row["load"],
+            *figures,
+            goal,
+            _yes(row["met"]),
+            f"{row['drift']:.2f}",
+            *(_pair(row[f"{name}_ms"]) for name in ("pause", "commit", "output_delay")),
+            f"{row['throttled_rounds']} / {row['rounds']}",
+            f"{row['pages_per_round']:.0f}",
+        )
+    return table
+
+
+def capture_table(row: dict[str, Any]) -> Table:
+    """The result of ``nova-pmt-bench capture``."""
+    table = Table(title="Packets on the far side of the tap, against the releases of their epochs")
+    for name in (
+        *("packets", "bytes", "sizes", "epochs", "violations", "closest ms"),
+        *("not captured", "unmatched ends", "control's violations"),
+    ):
+        table.add_column(name, justify="right")
+    table.add_row(
+        str(row["packets"]),
+        str(row["bytes"]),
+        f"{row['smallest']} - {row['largest']}",
+        str(row["epochs"]),
+        str(row["violations"]),
+        f"{row['closest_ms']:.3f}",
+        str(row["lost_captures"]),
+        str(row["unmatched_ends"]),
+        str(row["control_violations"]),
+    )
+    return table
+
+
+def idle_table(row: dict[str, Any]) -> Table:
+    """The result of ``nova-pmt-bench idle``."""
+    table = Table(title=f"Between the hosts for an idle guest, every {row['interval_ms']:g} ms")
+    for name in (
+        *("Mbit/s", "checkpoint bursts per interval", "bursts of heartbeats"),
+        *("pages per round", "bytes per round", "rounds"),
+    ):
+        table.add_column(name, justify="right")
+    table.add_row(
+        f"{row['mbit_per_s']:.2f}",
+        f"{row['checkpoint_bursts_per_interval']:.2f}",
+        f"{row['heartbeat_bursts_per_interval']:.2f}",
+        f"{row['pages_per_round']:.0f}",
+        str(row["bytes_per_round"]),
+        str(row["rounds"]),
+    )
+    return table
+
+
 def qmp_table(row: dict[str, Any]) -> Table:
     """The result of ``nova-pmt-bench qmp``."""
     table = Table(title="stop + save devices + cont: p50 / p99 in ms")

@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -90,12 +91,10 @@ def releases(lines: Sequence[str], nic: str) -> list[Release]:
 
 def shifted(found: Sequence[Release]) -> list[Release]:
     """As if each epoch's packets should have waited for the checkpoint after theirs."""
-    return [replace(one, at=after.at) for one, after in zip(found, found[1:], strict=False)]
+    return [replace(one, at=after.at) for one, after in pairwise(found)]
 
 
-def _ends(
-    lengths: npt.NDArray[np.int64], base: int, header: int
-) -> npt.NDArray[np.int64]:
+def _ends(lengths: npt.NDArray[np.int64], base: int, header: int) -> npt.NDArray[np.int64]:
     ends: npt.NDArray[np.int64] = base + np.cumsum(lengths + (LENGTH_BYTES + header))
     return ends
 
@@ -141,4 +140,18 @@ def judge(
         unmatched_ends=unmatched,
         header_bytes=header,
         closest_ms=round(float(margins.min()) * 1e3, 3) if len(margins) else 0.0,
+    )
+
+
+def capture_passed(row: dict[str, Any]) -> bool:
+    """Whether a row of ``nova-pmt-bench capture`` shows that no packet left early.
+
+    That is only known when every packet has its place in the stream, and when the control, whose
+    releases are one epoch later, shows that early ones would have been found.
+    """
+    return (
+        row["violations"] == 0
+        and row["lost_captures"] == 0
+        and row["unmatched_ends"] == 0
+        and row["control_violations"] > 0
     )

@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""``nova-pmt-bench``: measures pauses on guests of the lab."""
+"""``nova-pmt-bench``: measures what protection costs, on guests of the lab."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from rich.console import Console
 from nova_pmt import exception
 from nova_pmt.bench import environment, page, report
 from nova_pmt.bench.report import Report
+from nova_pmt.bench.violations import capture_passed
 
 _INTERRUPTED = 130
 _WIDE = 200
@@ -51,6 +52,34 @@ example:
 rows of the JSON: memory_mib, dirty_pages (p50 of a checkpoint's), pause_ms, floor_ms, plain_ms and
 memcpy_ms {p50, p99, max}, ratio (pause / floor at p50), ratio_p99, plain_ratio, pages_in_pause,
 steps_ms (stop, scan, copy, save, cont; p50), machine, vcpus, rounds
+"""
+_OUTPUT = """\
+Boots one guest with two disks, and measures each load three times, one right after the other:
+unprotected, protected, unprotected again. Latencies are those of one client that sends a request
+when it has the last answer; throughputs are what a client outside sees.
+
+Goals: throughput protected at least 60 % of unprotected; latency p50 protected at most one
+interval, a pause and 5 ms.
+"""
+_OUTPUT_EPILOG = """\
+example:
+  nova-pmt-bench output --json build/output.json
+
+rows of the JSON: load, kind (latency, throughput), off_ms (two), on_ms {p50, p99, max}, bound_ms,
+or off_mb_s (two), on_mb_s and goal; ratio (protected / mean unprotected), drift (unprotected after
+/ before), met; of the protected rounds pause_ms, commit_ms, output_delay_ms, throttled_rounds,
+rounds, pages_per_round, log_bytes, sent_bytes; cores (processor time by process)
+"""
+_CAPTURE = """\
+Protects a guest under mixed load (datagrams in frames of 60 to 9,000 bytes, echoes, a TCP stream,
+disk writes), captures what leaves its tap, and compares each packet's time with that of its
+epoch's release in the worker's trace. A packet that was seen before is a violation. The control
+does the same with all releases one epoch later; it must find violations. Exit status 1 if a packet
+was early, one was not captured, or the control found nothing.
+"""
+_IDLE = """\
+Protects an idle guest and captures what passes between the hosts. Goals at an interval of 100 ms:
+below 1 Mbit/s, and at most one burst of packets with a checkpoint per interval.
 """
 _QMP = """\
 Compares two QMP clients at stop + save devices + cont on one guest, in alternating blocks: the
@@ -143,10 +172,41 @@ def make_parser() -> argparse.ArgumentParser:
     )
     failover.add_argument("--runs", type=_at_least(1), default=10, help="(10)")
     failover.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
+    output = commands.add_parser(
+        "output",
+        help="latency and throughput, protected against not",
+        description=_OUTPUT,
+        epilog=_OUTPUT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    output.add_argument("--interval-ms", type=_at_least(5), default=20, help="(20)")
+    output.add_argument(
+        "--seconds", type=_at_least(1), default=8, help="of each measurement, about (8)"
+    )
+    output.add_argument("--memory", type=_at_least(64), default=512, help="guest size in MiB (512)")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
+    capture = commands.add_parser(
+        "capture",
+        help="whether a packet leaves before its commit",
+        description=_CAPTURE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    capture.add_argument("--seconds", type=_at_least(2), default=300, help="of load (300)")
+    capture.add_argument("--interval-ms", type=_at_least(5), default=20, help="(20)")
+    capture.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
+    idle = commands.add_parser(
+        "idle",
+        help="what passes between the hosts for an idle guest",
+        description=_IDLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    idle.add_argument("--seconds", type=_at_least(2), default=20, help="(20)")
+    idle.add_argument("--interval-ms", type=_at_least(5), default=100, help="(100)")
+    idle.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
     page = commands.add_parser(
         "page",
         help="the results page, from what the others wrote with --json",
-        description="Prints a page of the documentation; doc/source/results/pause.rst is one.",
+        description="Prints a page of the documentation; those in doc/source/results are made so.",
     )
     page.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of a benchmark")
     return parser
@@ -178,6 +238,8 @@ def main(argv: list[str] | None = None) -> int:
         out.print(table)
         if args.json is not None:
             environment.write(args.json, environment.header(args.command, command, qemu), rows)
+        if args.command == "capture" and not capture_passed(rows[0]):
+            return 1
     except (OSError, ValueError, KeyError) as error:
         err.print(f"error: this is no result of a benchmark: {error}", markup=False)
         return 1
@@ -223,6 +285,32 @@ def _run_failover(args: argparse.Namespace, progress: Report):  # type: ignore[n
     return report.failover_table(rows[0]), rows, environment.qemu_version()
 
 
+def _run_output(args: argparse.Namespace, progress: Report):  # type: ignore[no-untyped-def]
+    from nova_pmt.bench import output
+
+    rows = output.run(
+        seconds=args.seconds,
+        interval_ms=args.interval_ms,
+        memory_mib=args.memory,
+        report=progress,
+    )
+    return report.output_table(rows), rows, environment.qemu_version()
+
+
+def _run_capture(args: argparse.Namespace, progress: Report):  # type: ignore[no-untyped-def]
+    from nova_pmt.bench import capture
+
+    rows = capture.run(seconds=args.seconds, interval_ms=args.interval_ms, report=progress)
+    return report.capture_table(rows[0]), rows, environment.qemu_version()
+
+
+def _run_idle(args: argparse.Namespace, progress: Report):  # type: ignore[no-untyped-def]
+    from nova_pmt.bench import idle
+
+    rows = idle.run(seconds=args.seconds, interval_ms=args.interval_ms, report=progress)
+    return report.idle_table(rows[0]), rows, environment.qemu_version()
+
+
 def _run_qmp(args: argparse.Namespace, progress: Report):  # type: ignore[no-untyped-def]
     from nova_pmt.bench import qmp
 
@@ -237,7 +325,15 @@ def _run_qmp(args: argparse.Namespace, progress: Report):  # type: ignore[no-unt
     return report.qmp_table(row), [row], qemu
 
 
-_RUN = {"pause": _run_pause, "qmp": _run_qmp, "link": _run_link, "failover": _run_failover}
+_RUN = {
+    "pause": _run_pause,
+    "qmp": _run_qmp,
+    "link": _run_link,
+    "failover": _run_failover,
+    "output": _run_output,
+    "capture": _run_capture,
+    "idle": _run_idle,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

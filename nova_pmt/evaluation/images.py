@@ -68,9 +68,7 @@ def examine(
     found = []
     for disk, name in zip(guest.spec.disks, guest.spec.disk_names, strict=True):
         path = guest.host.disk_path(disk.path)
-        mismatches = transactions.compare(
-            path, disk.format, expected, possible, boot_id=boot_id
-        )
+        mismatches = transactions.compare(path, disk.format, expected, possible, boot_id=boot_id)
         errors, leaks = check(str(path), disk.format)
         found.append(Finding(name, mismatches, errors, leaks))
     return found

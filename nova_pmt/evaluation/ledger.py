@@ -106,8 +106,7 @@ class Ledger:
     def expected(self) -> list[Exchange]:
         """What must be on the disks, as :func:`nova_pmt.lab.transactions.check` wants it."""
         return [
-            Exchange(client, request, 0.0, seq)
-            for seq, (client, request) in self._settled.items()
+            Exchange(client, request, 0.0, seq) for seq, (client, request) in self._settled.items()
         ]
 
     def possible(self) -> list[Exchange]:

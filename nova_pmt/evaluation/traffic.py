@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import socket
 import threading
@@ -34,6 +35,7 @@ class _Lane:
         self.client = client
         self.busy = False
         self.failure = ""
+        self.gone = False
         self.taken = 0
         self.ends = _ends(client.connection)
 
@@ -75,8 +77,8 @@ class Traffic:
         random_ = random.Random(f"{self._seed}-{lane.client.client}")
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._running or self._over.is_set())
-                if self._over.is_set():
+                self._changed.wait_for(lambda: self._running or lane.gone or self._over.is_set())
+                if lane.gone or self._over.is_set():
                     return
                 lane.busy = True
                 think_s = random_.uniform(0.0, 2.0 * self._think_s)
@@ -131,7 +133,9 @@ class Traffic:
         for lane in list(self._lanes):
             if everybody or lane.failure:
                 self._lanes.remove(lane)
-                lane.failure = lane.failure or "replaced"
+                with self._changed:
+                    lane.gone = True
+                    self._changed.notify_all()
                 lane.client.close()
                 self._add()
 
@@ -150,5 +154,5 @@ class Traffic:
 def silence_s(exchanges: list[Exchange], killed: float) -> float | None:
     """The longest time without any answer that began or ended after the kill; None: unknown."""
     times = sorted(one.answered_at for one in exchanges if one.answered_at is not None)
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False) if after > killed]
+    gaps = [after - before for before, after in itertools.pairwise(times) if after > killed]
     return max(gaps, default=None)

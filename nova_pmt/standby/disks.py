@@ -14,20 +14,22 @@
 
 The life of an image, with what its record says (see :mod:`nova_pmt.standby.imagerecord`):
 
-===========================  =====================================================
-:meth:`~StandbyDisks.create`   standby, not consistent (or as it was, when it is kept)
-:meth:`~StandbyDisks.open`     standby, not consistent, however this process ends
-:meth:`~StandbyDisks.close`    standby, consistent at a generation and epoch
-:meth:`~StandbyDisks.release`  standby, not consistent: its QEMU is about to write
-``became_primary``             primary: never deleted, overwritten when it has lost
-:meth:`~StandbyDisks.remove`   none
-===========================  =====================================================
+==================  ==================================================================
+after ...           the record says
+==================  ==================================================================
+``create``          standby, not consistent (or as it was, when they are kept)
+``open``            standby, not consistent, however this process ends
+``close``           standby, consistent at a generation and epoch
+``release``         standby, not consistent: its QEMU is about to write
+``became_primary``  primary: they are never deleted, and overwritten when it has lost
+``remove``          nothing: there is none
+==================  ==================================================================
 
 While the domain waits, its QEMU has the same files open, inactive: it has read their headers and
 holds no lock. So an image keeps its file for as long as there is one: it is made empty in place.
 
 A flush of the guest is not waited for here. What the standby has is good while this host lives;
-after a failover :meth:`~StandbyDisks.sync` makes what the guest had flushed survive a power cut.
+after a failover ``sync`` makes what the guest had flushed survive a power cut.
 """
 
 from __future__ import annotations
@@ -252,6 +254,8 @@ class StandbyDisks:
         command = ["qemu-img", "create", "-q", "-f", disk.format]
         if disk.format == "qcow2":
             command += ["-o", "lazy_refcounts=off"]
+            if disk.cluster_bytes:
+                command += ["-o", f"cluster_size={disk.cluster_bytes}"]
         try:
             done = subprocess.run(
                 [*command, disk.path, str(disk.size)],

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import uuid as uuid_module
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,6 +58,8 @@ class Image:
         try:
             found = os.lstat(self.disk.path)
         except OSError:
+            return False
+        if not stat.S_ISREG(found.st_mode):
             return False
         # One that was begun and never written down has nothing in it yet.
         return found.st_ino == self.inode or (self.inode is None and not found.st_size)

@@ -65,6 +65,7 @@ class Journal:
 
     def __init__(self, images: StandbyDisks, specs: Sequence[DiskSpec]) -> None:
         self._images = images
+        self._specs = tuple(specs)
         self._parsers = [LogParser(spec.size) for spec in specs]
         self._pending: list[list[Entry]] = [[] for _ in specs]
         self._readonly = [spec.readonly for spec in specs]
@@ -117,6 +118,7 @@ class Journal:
 
     def discard(self) -> None:
         """See the interface."""
+        self._parsers = [LogParser(spec.size) for spec in self._specs]
         for entries in self._pending:
             entries.clear()
         self._waiting_bytes = 0

@@ -35,7 +35,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nova_pmt import exception
 from nova_pmt.guest import nbd
@@ -47,6 +47,16 @@ _SOCKET = "nbd.sock"
 _WORDS_BYTES = 2000
 #: Ends at once when our process has died before the kernel knew that it shall be killed then.
 _UNLESS_ORPHAN = '[ "$PPID" = "$1" ] || exit 1; shift; exec "$@"'
+
+
+@contextlib.contextmanager
+def _short(directory: str) -> Iterator[str]:
+    """A path for a socket there that is short enough for one, for this process."""
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{_SOCKET}"
+    finally:
+        os.close(descriptor)
 
 
 class StorageDaemon:
@@ -69,21 +79,15 @@ class StorageDaemon:
         self.exports: list[nbd.Export] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._words = os.memfd_create("storage-daemon", os.MFD_CLOEXEC)
-        path = os.path.join(directory, _SOCKET)
         try:
             shutil.rmtree(directory, ignore_errors=True)  # of a process that was killed
             os.makedirs(directory, mode=0o700)
-            with socket.socket(socket.AF_UNIX) as listener:
+            with _short(directory) as path, socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(path)
                 listener.listen(len(disks))
                 self._start(disks, listener, owner)
-            for disk in disks:
-                self.exports.append(nbd.Export(path, disk.name, timeout_s=timeout_s))
-                if self.exports[-1].size != disk.size:
-                    raise exception.DiskImageError(
-                        f"the image of disk {disk.name}, {disk.path}, has "
-                        f"{self.exports[-1].size} bytes, not {disk.size}"
-                    )
+                listener.close()  # or a daemon that ends at once would keep us waiting
+                self._connect(disks, path)
         except (OSError, nbd.NbdError) as error:
             self._end(signal.SIGKILL)
             words = self.last_words() or str(error)
@@ -124,6 +128,16 @@ class StorageDaemon:
             env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
             start_new_session=True,
         )
+
+    def _connect(self, disks: Sequence[DiskSpec], path: str) -> None:
+        for disk in disks:
+            export = nbd.Export(path, disk.name, timeout_s=self._timeout_s)
+            self.exports.append(export)
+            if export.size != disk.size:
+                raise exception.DiskImageError(
+                    f"the image of disk {disk.name}, {disk.path}, has {export.size} bytes, "
+                    f"not {disk.size}"
+                )
 
     @property
     def pid(self) -> int:

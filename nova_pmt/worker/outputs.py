@@ -37,6 +37,8 @@ from nova_pmt.guest.disk.source import DiskSource
 from nova_pmt.guest.monitor import Monitor
 from nova_pmt.guest.network import choose
 from nova_pmt.guest.network.base import EgressBuffer
+from nova_pmt.standby import imagerecord
+from nova_pmt.standby.images import records_directory
 from nova_pmt.worker.trace import Trace
 
 LOG = log.getLogger(__name__)
@@ -60,6 +62,7 @@ class Outputs:
         self, conf: Any, uuid: str, xml: str, pid: int, monitor: Monitor, directory: str
     ) -> None:
         self._conf = conf
+        self._uuid = uuid
         self._monitor = monitor
         self._directory = directory
         self._log_directory = log_directory(conf, uuid, pid)
@@ -83,6 +86,26 @@ class Outputs:
     def specs(self) -> list[dict[str, Any]]:
         """The disks, as the standby knows them."""
         return [disk.spec.to_dict() for disk in self.disks]
+
+    # -- the images, for later ----------------------------------------------------------
+
+    def record_images(self) -> None:
+        """Note that the disks' images are a primary's: when it has lost, a standby may be made
+        over them. The guest's protection does not depend on it."""
+        if self.disks:
+            specs = [disk.spec for disk in self.disks]
+            self._quietly(
+                "record of its images",
+                lambda: imagerecord.note_primary(records_directory(self._conf), self._uuid, specs),
+            )
+
+    def forget_images(self) -> None:
+        """Nobody may make a standby over them any more."""
+        if self.disks:
+            self._quietly(
+                "record of its images",
+                lambda: imagerecord.forget(records_directory(self._conf), self._uuid),
+            )
 
     # -- putting on ---------------------------------------------------------------------
 
@@ -155,6 +178,7 @@ class Outputs:
                 self._quietly("changes", lambda: keep_changes(self._installed, self._monitor))
             else:
                 self._quietly("changes", self.forget_changes)
+                self.forget_images()
             for disk_log in self._installed:
                 self._quietly("write log", disk_log.uninstall)
             for buffer in self._buffers:

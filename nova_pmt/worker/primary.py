@@ -404,6 +404,7 @@ class Primary(Side):
         assert link is not None
         if not outputs.disks:
             return
+        outputs.record_images()
         note = outputs.changes(self._images)
         outputs.start_logs(self._pair.generation)
         link.send(RawFrame(protocol.pack_json(Type.COPY, {"full": note is None})))
@@ -592,12 +593,13 @@ class Primary(Side):
         detected = time.monotonic()
         if self._monitor.saw_event("SHUTDOWN"):
             # Told to by its owner, by the guest itself or by libvirt: not a failure.
-            self._link.send(
-                RawFrame(protocol.pack_json(Type.BYE, {"reason": "the guest was shut down"})),
-                urgent=True,
-            )
+            # Its next QEMU knows nothing of what was written: the standby's images are of no use.
+            farewell = {"reason": "the guest was shut down", "keep": False}
+            self._link.send(RawFrame(protocol.pack_json(Type.BYE, farewell)), urgent=True)
             self._wait_answer((Type.BYE,), BYE_TIMEOUT_S)
             self._abandon()
+            if self._outputs is not None:
+                self._outputs.forget_images()
             self._state("ended", "the guest was shut down")
             return
         reason = "the guest's QEMU died"

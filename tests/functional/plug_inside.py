@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import itertools
 import json
 import os
@@ -41,7 +40,7 @@ from pathlib import Path
 from typing import Any, cast
 
 # What the buffer loads when it comes to it; what is not imported here is not in the guest.
-import pyroute2.netlink.rtnl.ifinfmsg  # noqa: F401
+import pyroute2.netlink.rtnl.ifinfmsg
 import pyroute2.netlink.rtnl.tcmsg  # noqa: F401
 
 from nova_pmt import exception
@@ -85,9 +84,9 @@ def frame(epoch: int, number: int, size: int = 60) -> bytes:
 
 
 class Rig:
-    """A tap and a veth pair on a bridge; gone at the end."""
+    """A tap and a veth pair on a bridge."""
 
-    def __init__(self, name: str = "", vnet_hdr: bool = False) -> None:
+    def __init__(self, name: str = "", *, vnet_hdr: bool = False, compare: bool = False) -> None:
         number = next(_numbers)
         self.name = name or f"tap{number}"
         self.bridge, self.inner, self.outer = f"br{number}", f"vi{number}", f"vo{number}"
@@ -104,13 +103,11 @@ class Rig:
             f"link set {self.bridge} up",
         ]
         command("ip", "-batch", "-", stdin="\n".join(lines) + "\n")
+        # A veth has a backlog on each CPU, between which frames would change their order.
+        Path(f"/sys/class/net/{self.outer}/queues/rx-0/rps_cpus").write_text("1")
         self.outside = self.listen(_ETHERTYPE)
         self.buffers: list[PlugBuffer] = []
-
-    @functools.cached_property
-    def before(self) -> str:
-        """As :meth:`state` was when it was first asked for."""
-        return self.state()
+        self.before = self.state() if compare else ""
 
     def __enter__(self) -> Rig:
         return self
@@ -120,10 +117,10 @@ class Rig:
             buffer.close()
         self.outside.close()
         self.unplug()
-        names = (self.inner, self.bridge, tapredirect.ifb_name(self.name))
-        with contextlib.suppress(AssertionError):  # not all of them are there
-            lines = [f"link del {name}" for name in names]
-            command("ip", "-force", "-batch", "-", stdin="\n".join(lines) + "\n")
+        with Rtnl() as rtnl:  # the bridge and the pair stay: their removal takes the kernel long
+            ifb = tapredirect.link(rtnl, tapredirect.ifb_name(self.name))
+            if ifb is not None:
+                rtnl.call(tapredirect.delete_link(ifb.index))
 
     def unplug(self) -> None:
         """The guest ends, and its tap with it."""
@@ -230,7 +227,7 @@ def nothing_passes_before_its_release() -> None:
         assert buffer.release(3) is None
         assert not buffer.broken
         summary = buffer.summary()
-        assert summary["released_bytes"] == 55 * 60 and summary["peak_bytes"] == 50 * 60, summary
+        assert summary["released_bytes"] == 55 * 60 and summary["peak_bytes"] == 55 * 60, summary
         assert (summary["held_bytes"], summary["dropped_packets"]) == (0, 0), summary
 
 
@@ -285,11 +282,15 @@ def slots_take_turns_for_many_laps_in_order() -> None:
             while cut - released < under_way:
                 cut += 1
                 rig.send(cut, 1 + cut % 4)
+                look(buffer)
                 buffer.cut(cut)
             first, released = released + 1, cut - lap % under_way
             buffer.release(released)
             wanted = [(n, 1 + n % 4) for n in range(first, released + 1)]
-            found = rig.received(sum(count for _, count in wanted))
+            found: list[tuple[int, int]] = []
+            while more := rig.received(sum(count for _, count in wanted) - len(found), 0.02):
+                found += more
+                look(buffer)  # what had to wait for the end of the last lap
             assert found == [(n, i) for n, count in wanted for i in range(count)], (
                 f"lap {lap}: {found} for {wanted}; {buffer.broken}; {rig.queue()}"
             )
@@ -301,20 +302,21 @@ def slots_take_turns_for_many_laps_in_order() -> None:
 def with_no_slot_left_epochs_are_let_out_later_never_earlier() -> None:
     with Rig() as rig:
         buffer = rig.attached()
-        for epoch in range(1, 21):
+        for epoch in range(1, SLOTS + 5):
             rig.send(epoch, 2)
             buffer.cut(epoch)
         for epoch in range(1, SLOTS):
             buffer.release(epoch)
             rig.expect((epoch, 2))
-        buffer.release(20)  # 12 to 20 had no cut of their own
+        last = SLOTS + 5
+        buffer.release(last - 1)  # those from SLOTS on had no cut of their own
         rig.expect_nothing()
-        rig.send(21, 2)
-        buffer.cut(21)
-        buffer.release(20)
+        rig.send(last, 2)
+        buffer.cut(last)
+        buffer.release(last - 1)
         rig.expect_nothing()
-        buffer.release(21)
-        rig.expect(*((epoch, 2) for epoch in range(SLOTS, 22)))
+        buffer.release(last)
+        rig.expect(*((epoch, 2) for epoch in range(SLOTS, last + 1)))
 
 
 @check
@@ -371,7 +373,8 @@ def ten_thousand_packets_of_all_sizes_in_order_without_loss_and_none_early() -> 
             thread.join(15)
         numbers = [number for number, *_ in arrived]
         assert len(numbers) == total, f"{len(numbers)} of {total} came out; {rig.queue()}"
-        assert numbers == sorted(numbers), "out of order"
+        turned = [pair for pair in itertools.pairwise(arrived) if pair[0][0] > pair[1][0]]
+        assert not turned, f"{len(turned)} times out of order: {turned[:3]}"
         wrong = [one for one in arrived if one[2] != sizes[one[0]]]
         assert not wrong, f"other sizes: {wrong[:5]}"
         early = [one for one in arrived if one[3] < released_at[one[1]]]
@@ -479,13 +482,14 @@ def epochs_under_way_share_the_limit() -> None:
 
 @check
 def detach_lets_all_out_in_order_and_leaves_the_tap_as_it_was() -> dict[str, Any]:
-    with Rig() as rig:
+    with Rig(compare=True) as rig:
         buffer = rig.attached()
-        for epoch in range(1, 11):  # across the end of a lap: slots 10, 11, 0, 1
+        for epoch in range(1, SLOTS - 1):
             buffer.cut(epoch)
             buffer.release(epoch)
-        for epoch in range(11, 14):
+        for epoch in range(11, 14):  # across the end of a lap
             rig.send(epoch, 200, size=1514)
+            look(buffer)
             buffer.cut(epoch)
         rig.send(14, 200, size=1514)
         assert rig.state() != rig.before
@@ -505,7 +509,7 @@ def detach_lets_all_out_in_order_and_leaves_the_tap_as_it_was() -> dict[str, Any
 
 @check
 def detach_of_a_running_guest_loses_nothing() -> None:
-    with Rig() as rig:
+    with Rig(compare=True) as rig:
         buffer = rig.attached()
         done = threading.Event()
         sent = [0]
@@ -529,7 +533,7 @@ def detach_of_a_running_guest_loses_nothing() -> None:
 
 @check
 def recover_drops_what_was_held_and_opens_the_tap() -> None:
-    with Rig() as rig:
+    with Rig(compare=True) as rig:
         assert PlugBuffer.recover(rig.nic, NO_MONITOR) is False
         buffer = rig.attached()
         rig.send(1, 20)
@@ -590,7 +594,7 @@ def worker(rig: Rig) -> Iterator[int]:
 
 @check
 def a_worker_that_dies_leaves_it_closed_and_the_next_drops_what_it_held() -> None:
-    with Rig() as rig:
+    with Rig(compare=True) as rig:
         with worker(rig) as pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -624,7 +628,7 @@ def a_takeover_never_opens_while_the_guest_sends() -> None:
         thread = threading.Thread(target=guest)
         thread.start()
         try:
-            for _ in range(10):
+            for _ in range(5):
                 buffer.close()
                 buffer = rig.attached()
                 buffer.cut(1)
@@ -774,7 +778,7 @@ def a_filter_put_behind_ours_or_taken_away_is_noticed() -> None:
 
 @check
 def a_failed_attach_undoes_what_was_done() -> None:
-    with Rig() as rig:
+    with Rig(compare=True) as rig:
         command(
             "tc",
             "qdisc",
@@ -810,7 +814,7 @@ def failing(*args: Any) -> Any:
 
 @check
 def problems_are_found_before_anything_is_changed() -> None:
-    with Rig() as rig:
+    with Rig(compare=True) as rig:
         assert PlugBuffer.problems(rig.nic, NO_MONITOR) == []
         assert rig.state() == rig.before
 
@@ -823,7 +827,7 @@ def problems_are_found_before_anything_is_changed() -> None:
         assert "no such interface" in problem("tap-none")
         assert "type 'veth'" in problem(rig.inner)
         name = tapredirect.ifb_name(rig.name)
-        command("ip", "link", "add", name, "type", "dummy")
+        command("ip", "link", "add", name, "type", "bridge")
         assert "not ours" in problem(rig.name)
         assert "not ours" in refused(rig.buffer())
         command("ip", "link", "del", name)

@@ -37,9 +37,11 @@ def keep_changes(logs: Sequence[DiskLog], monitor: Monitor) -> bool:
     """
     if not logs:
         return False
-    epoch = min(log.committed_epoch for log in logs)
-    if not epoch:
+    if not min(log.committed_epoch for log in logs):
         return False
+    # A worker that died while it released one log after the other: what the last epoch wrote is
+    # not in all of them any more, so the standby's images must have it.
+    epoch = max(log.committed_epoch for log in logs)
     for log in logs:
         bitmap.keep(log.disk, monitor)
     ranges = {}

@@ -55,8 +55,6 @@ class GuestDisk:
     :param node: block node of the image when it was looked for, below any filter of ours. An
         external snapshot puts another in its place: :func:`image_node` is what is there now.
     :param discard: discards of the guest reach the image, also while they are logged.
-    :param cluster_bytes: of a qcow2 image, 0 for raw. A discard makes whole clusters read as
-        zeros, and leaves the rest as it was; one of a raw image makes all of it zeros.
     """
 
     spec: DiskSpec
@@ -64,7 +62,6 @@ class GuestDisk:
     qom_path: str
     node: str
     discard: bool = False
-    cluster_bytes: int = 0
 
     @property
     def filter_node(self) -> str:
@@ -135,6 +132,7 @@ def _disk(
         "path": path,
         "size": image.get("virtual-size"),
         "readonly": readonly,
+        "cluster_bytes": image.get("cluster-size", 0) if form == "qcow2" else 0,
     }
     try:
         return GuestDisk(
@@ -143,7 +141,6 @@ def _disk(
             qom_path,
             node,
             options.get("discard") == "unmap" and not _discards_strangely(image),
-            int(image.get("cluster-size", 0)),
         )
     except (TypeError, ValueError) as error:
         raise exception.UnsupportedDisk(f"disk {name} cannot be replicated: {error}") from error
@@ -230,6 +227,19 @@ def _loses_zeroes(version: tuple[int, int, int]) -> bool:
     )
 
 
+def warnings(monitor: Monitor) -> list[str]:
+    """What an operator should know of this QEMU's logs. No feature tells it, only the version."""
+    qemu = monitor.execute("query-version")["qemu"]
+    version = (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
+    if not _loses_zeroes(version):
+        return []
+    return [
+        f"QEMU {'.'.join(map(str, version))} logs writes of zeros wrongly when they meet other "
+        "writes (repaired in 7.2.9, 8.1.5 and 8.2.1): the standby notices, and the pair "
+        "synchronises again each time"
+    ]
+
+
 def problems(monitor: Monitor) -> list[Refusal]:
     """Why this QEMU cannot replicate disks. Leaves it as it was. Empty: it can."""
     found: list[Refusal] = []
@@ -237,15 +247,6 @@ def problems(monitor: Monitor) -> list[Refusal]:
     missing = [command for command in COMMANDS if command not in names]
     if missing:
         return [exception.UnsupportedQemu(f"QEMU has no command '{missing[0]}'")]
-    qemu = monitor.execute("query-version")["qemu"]
-    version = (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
-    if _loses_zeroes(version):
-        found.append(
-            exception.UnsupportedQemu(
-                f"QEMU {'.'.join(map(str, version))} logs writes of zeros wrongly",
-                cure="Use QEMU 7.2.9, 8.1.5, 8.2.1 or newer.",
-            )
-        )
     try:
         # The schema lists drivers that a distribution left out, so try it on an empty disk.
         monitor.execute(

@@ -21,9 +21,9 @@ from oslo_log import log as logging
 
 from nova_pmt import exception
 from nova_pmt.guest import process
-from nova_pmt.guest.disk import discover
+from nova_pmt.guest.disk import bitmap, discover
 from nova_pmt.guest.disk.changes import forget_changes, keep_changes
-from nova_pmt.guest.disk.log import DiskLog
+from nova_pmt.guest.disk.log import DiskLog, recover_all
 from nova_pmt.guest.disk.source import DiskSource
 from nova_pmt.guest.monitor import Monitor
 
@@ -36,7 +36,13 @@ def recover_logs(conf: Any, uuid: str, xml: str, pid: int, monitor: Monitor) -> 
     :raises nova_pmt.exception.GuestError: a disk is still logged.
     """
     directory = log_directory(conf, uuid, pid)
-    disks = [disk for disk in discover.disks(xml, monitor) if not disk.spec.readonly]
+    try:
+        disks = [disk for disk in discover.disks(xml, monitor) if not disk.spec.readonly]
+    except exception.Refusal as refusal:  # a disk was plugged in that cannot be replicated
+        LOG.warning("%s: all of its disks must be copied again: %s", uuid, refusal)
+        bitmap.Note.delete(directory)
+        recover_all(monitor, directory)
+        return
     DiskSource.recover(disks, monitor, os.path.join(conf.guest.runtime_directory, "guests", uuid))
     left = [DiskLog.left(disk, monitor, directory) for disk in disks]
     logs = [log for log in left if log is not None]

@@ -269,16 +269,19 @@ class DiskLog:
 
     def close(self) -> None:
         """Let go of what this process has open; the guest's writes are logged on."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     @classmethod
     def left(cls, disk: GuestDisk, monitor: Monitor, directory: str) -> DiskLog | None:
         """The log that a dead worker left, to :meth:`unplug` it and see what it has.
 
-        :returns: None when it left none that can be read; :meth:`recover` takes off the rest.
+        :returns: None when it left none that can be read, or one that the disk's writes did not
+            go to any more and so has not all; :meth:`recover` takes off the rest.
         """
+        if disk.filter_node not in attached(monitor).values():
+            return None
         log = cls(disk, monitor, directory)
         try:
             log._descriptor = os.open(log.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -384,8 +387,11 @@ class DiskLog:
 
     @property
     def used_bytes(self) -> int:
-        """What is logged and not committed, at this moment."""
-        return self._end() - self._released if self._descriptor >= 0 else 0
+        """What is logged and not committed, at this moment. Any thread."""
+        try:
+            return max(0, self._end() - self._released)
+        except OSError:  # it is closed
+            return 0
 
     @property
     def pressure(self) -> float:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SECTOR = 512
+_CLUSTERS = (0, *(1 << bits for bits in range(9, 22)))
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class DiskSpec:
     :param path: of the image; the same on both hosts.
     :param size: what the guest sees, in bytes.
     :param readonly: copied once, and never written (a config drive).
+    :param cluster_bytes: of a qcow2 image, the same on both hosts: a discard of the guest zeroes
+        whole clusters only. 0: not known, or raw.
     """
 
     name: str
@@ -36,6 +39,7 @@ class DiskSpec:
     path: str
     size: int
     readonly: bool = False
+    cluster_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,6 +59,7 @@ class DiskSpec:
             or not isinstance(disk.size, int)
             or not 0 < disk.size <= 1 << 60
             or not isinstance(disk.readonly, bool)
+            or disk.cluster_bytes not in _CLUSTERS
         ):
             raise ValueError(f"not a disk: {data!r}")
         return disk

@@ -48,7 +48,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,9 +71,8 @@ class Kind(enum.Enum):
     FLUSH = "flush"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A request of the guest, or a part of one.
+class Entry(NamedTuple):
+    """A request of the guest, or a part of one (a tuple: there are very many of them).
 
     :param offset: on the disk, in bytes; 0 of a flush.
     :param length: in bytes; 0 of a flush.
@@ -163,21 +162,22 @@ class LogParser:
         """Read whole sectors."""
         at, end, sector = 0, len(view), self._sector
         while at < end:
-            if self._left:
-                length = min(self._left, end - at)
-                data = view[at : at + length]
-                entries.append(Entry(Kind.WRITE, self._at, length, data, is_zero(data), self._fua))
-                self._at += length
-                self._left -= length
-                at += length
-            else:
-                self._header(view[at : at + sector], entries)
+            if not self._left:
+                self._header(view, at, entries)
                 at += sector
+                continue
+            length = min(self._left, end - at)
+            data = view[at : at + length]
+            entries.append(Entry(Kind.WRITE, self._at, length, data, is_zero(data), self._fua))
+            self._at += length
+            self._left -= length
+            at += length
 
-    def _header(self, view: memoryview, entries: list[Entry]) -> None:
+    def _header(self, view: memoryview, at: int, entries: list[Entry]) -> None:
         self.requests += 1
-        first, count, flags, inline = _HEADER.unpack_from(view)
-        if inline or bytes(view[_HEADER.size :]) != self._padding:
+        sector = self._sector
+        first, count, flags, inline = _HEADER.unpack_from(view, at)
+        if inline or view[at + _HEADER.size : at + sector].tobytes() != self._padding:
             raise self._error("has a header that is none")
         if flags == _FLUSH:
             if first or count:
@@ -193,9 +193,9 @@ class LogParser:
                 f"is at sector {first}+{count}, but the disk has {self._sectors} sectors"
             )
         if flags == _DISCARD:
-            entries.append(Entry(Kind.DISCARD, first * self._sector, count * self._sector))
+            entries.append(Entry(Kind.DISCARD, first * sector, count * sector))
             return
-        self._at, self._left = first * self._sector, count * self._sector
+        self._at, self._left = first * sector, count * sector
         self._fua = flags == _FUA
 
     def _error(self, what: str) -> exception.DiskLogError:

@@ -32,12 +32,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from nova_pmt.guest.network import rtnetlink
 from nova_pmt.guest.network.rtnetlink import Request, Rtnl, attributes, request
 
-#: As many as ``sch_prio`` can have: for epochs that wait (``[checkpoint] pipeline_depth`` is at most
-#: 8), the one under way, and those that still leave.
+#: As many as ``sch_prio`` can have: for epochs that wait (at most 8, ``[checkpoint]
+#: pipeline_depth``), the one under way, and those that still leave.
 SLOTS = 16
 #: Largest limit that ``sch_plug`` can have.
 MAX_LIMIT_BYTES = 0xFFFFFFFF
@@ -53,7 +54,9 @@ _TC_H_ROOT = 0xFFFFFFFF
 #: Our handles: nobody's packets have a priority that names them.
 _ROOT = 0x9E30 << 16
 _PRIORITIES = 16
-_LIMIT = struct.Struct("=I")
+_WORD = struct.Struct("=I")
+#: In a request: after nlmsghdr; family, interface come before.
+_HANDLE_AT, _PARENT_AT = 24, 28
 
 _TCMSG = struct.Struct("=B3xiIII")
 _TCA_STATS2 = 7
@@ -67,7 +70,7 @@ def _handle(slot: int) -> int:
     return _ROOT + ((slot + 1) << 16)
 
 
-def _qdisc(index: int, handle: int, parent: int, kind: str, options: object, flags: int) -> Request:
+def _qdisc(index: int, handle: int, parent: int, kind: str, options: Any, flags: int) -> Request:
     from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
     message = tcmsg()
@@ -78,10 +81,6 @@ def _qdisc(index: int, handle: int, parent: int, kind: str, options: object, fla
     return request(message, rtnetlink.RTM_NEWQDISC, flags | rtnetlink.NLM_F_ACK)
 
 
-def _map_to(slot: int) -> object:
-    return {"bands": SLOTS, "priomap": [slot] * _PRIORITIES}
-
-
 def plug(index: int, handle: int, parent: int, action: str, limit: int, flags: int) -> Request:
     """A request about a ``sch_plug``: to make it, or to tell it something."""
     from pyroute2.netlink.rtnl.tcmsg import sched_plug
@@ -90,16 +89,27 @@ def plug(index: int, handle: int, parent: int, action: str, limit: int, flags: i
     return _qdisc(index, handle, parent, "plug", options, flags)
 
 
+def _prio(index: int, parent: int, flags: int) -> Request:
+    """A request that makes our ``sch_prio``, or changes it: all packets go to slot 0."""
+    options = {"bands": SLOTS, "priomap": [0] * _PRIORITIES}
+    return _qdisc(index, _ROOT, parent, "prio", options, flags)
+
+
+def _for_slot(template: Request, slot: int, parent: bool = False) -> Request:
+    """The same request about another slot's plug; pyroute2 would take its time for each."""
+    made = bytearray(template)
+    _WORD.pack_into(made, _HANDLE_AT, _handle(slot))
+    if parent:
+        _WORD.pack_into(made, _PARENT_AT, _ROOT | (slot + 1))
+    return made
+
+
 def construction(index: int, limit: int) -> list[Request]:
     """Requests that put the plugs on an IFB that is down and has no queue of its own."""
     new = rtnetlink.NLM_F_CREATE | rtnetlink.NLM_F_EXCL
-    return [
-        _qdisc(index, _ROOT, _TC_H_ROOT, "prio", _map_to(0), new),
-        *(
-            plug(index, _handle(slot), _ROOT | (slot + 1), BUFFER, limit, new)
-            for slot in range(SLOTS)
-        ),
-    ]
+    template = plug(index, 0, 0, BUFFER, limit, new)
+    plugs = (_for_slot(template, slot, parent=True) for slot in range(SLOTS))
+    return [_prio(index, _TC_H_ROOT, new), *plugs]
 
 
 def demolition(index: int) -> Request:
@@ -126,23 +136,24 @@ class Plugs:
     """Requests to the plugs of one IFB, all made beforehand."""
 
     def __init__(self, index: int) -> None:
-        def tell(slot: int, action: str) -> Request:
-            return plug(index, _handle(slot), 0, action, 0, 0)
+        def all_slots(action: str) -> list[Request]:
+            template = plug(index, 0, 0, action, 0, 0)
+            return [_for_slot(template, slot) for slot in range(SLOTS)]
 
-        slots = range(SLOTS)
+        turn = _prio(index, 0, 0)
         #: To send in a pause: what comes from now on goes to this slot.
-        self.turn_to = [_qdisc(index, _ROOT, 0, "prio", _map_to(slot), 0) for slot in slots]
+        self.turn_to = [turn[:-_PRIORITIES] + bytes([slot]) * _PRIORITIES for slot in range(SLOTS)]
         #: Let out what is in the slot; right only when nothing comes in any more.
-        self.release = [(tell(slot, BUFFER), tell(slot, RELEASE_ONE)) for slot in slots]
+        self.release = list(zip(all_slots(BUFFER), all_slots(RELEASE_ONE), strict=True))
         #: The slot holds nothing from now on.
-        self.open = [tell(slot, RELEASE_INDEFINITE) for slot in slots]
-        self._limits = [tell(slot, LIMIT) for slot in slots]
+        self.open = all_slots(RELEASE_INDEFINITE)
+        self._limits = all_slots(LIMIT)
         self._look = rtnetlink.plain(rtnetlink.RTM_GETTCLASS, rtnetlink.NLM_F_DUMP, index, 0, 0, 0)
 
     def limit(self, slot: int, limit_bytes: int) -> Request:
         """The slot drops what would make it hold more than this; kept until the next call."""
         made = self._limits[slot]
-        _LIMIT.pack_into(made, len(made) - _LIMIT.size, max(0, min(limit_bytes, MAX_LIMIT_BYTES)))
+        _WORD.pack_into(made, len(made) - _WORD.size, max(0, min(limit_bytes, MAX_LIMIT_BYTES)))
         return made
 
     def look(self, rtnl: Rtnl, slots: list[Slot]) -> bool:

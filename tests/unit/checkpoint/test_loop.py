@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from nova_pmt import exception
-from nova_pmt.checkpoint.loop import PAUSED_POLL_S, Loop
+from nova_pmt.checkpoint.loop import PAUSED_POLL_S, PRESSURE_POLL_S, Loop
 from nova_pmt.checkpoint.strategies.base import StrategyOptions
 from nova_pmt.checkpoint.strategies.pmt import PmtStrategy
+from tests.unit.fakes.guest import FakeOutput
 from tests.unit.fakes.world import World, small_slabs
 
 INTERVAL_S = 0.050
@@ -244,3 +245,315 @@ def test_garbage_is_collected_between_rounds_only(monkeypatch: pytest.MonkeyPatc
     world.synchronise()
     world.run_for(INTERVAL_S * 140)
     assert collections == [False, False]
+
+
+# -- output that fills up ---------------------------------------------------------------
+
+
+def protected(**members: float) -> TimedWorld:
+    """A world after its first synchronisation, whose wire can be stopped."""
+    world = TimedWorld(**members)  # type: ignore[arg-type]
+    world.synchronise()
+    world.faults.calls.clear()
+    return world
+
+
+def fill(world: TimedWorld, after_s: float, pressure: float) -> None:
+    """Some time from now network output fills up; a commit empties it."""
+
+    def empty(_epoch: int) -> None:
+        world.output.pressure = 0.0
+
+    world.output.on_release = empty
+    world.at.append((world.now + after_s, lambda: setattr(world.output, "pressure", pressure)))
+
+
+def back_to_the_interval(starts: list[float]) -> None:
+    """Until the early round's commit is there a few more may follow; then the interval counts."""
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
+    short = [gap for gap in gaps if gap < INTERVAL_S - 0.003]
+    assert len(short) <= 2
+    assert len(gaps) - len(short) >= 2
+
+
+@pytest.mark.parametrize("pressure", [0.5, 0.89])
+def test_output_that_fills_up_starts_a_round_early(pressure: float) -> None:
+    world = protected()
+    begin = world.now
+    fill(world, 0.010, pressure)
+    world.run_for(0.200)
+    first, *others = world.starts()[1:]
+    assert first - begin == pytest.approx(0.010 + PRESSURE_POLL_S, abs=PRESSURE_POLL_S)
+    back_to_the_interval(others)
+    assert "hold guest" not in world.faults.calls
+
+
+def test_output_below_the_mark_waits_for_the_interval() -> None:
+    world = protected()
+    begin = world.now
+    fill(world, 0.005, 0.49)
+    world.run_for(0.200)
+    assert world.starts()[1] - begin == pytest.approx(INTERVAL_S, abs=0.003)
+
+
+def test_a_disk_log_that_fills_up_starts_a_round_early() -> None:
+    world = protected()
+    begin = world.now
+    disk = world.disks[0]
+    disk.limit = 40 << 10
+    world.at.append((world.now + 0.010, lambda: [disk.write(0, 24) for _ in range(2)]))
+    world.run_for(0.200)
+    first, *others = world.starts()[1:]
+    assert first - begin < 0.010 + 2 * PRESSURE_POLL_S
+    back_to_the_interval(others)
+    assert world.records[1].log_bytes == 2 * 25 * 512
+    assert disk.pressure == 0
+
+
+def congested(pressure: float) -> TimedWorld:
+    """Two checkpoints are under way, and the wire stands still."""
+    world = protected()
+    world.link.broken = True
+    world.run_for(4 * INTERVAL_S)
+    assert world.checkpointer.in_flight == 2
+    world.loop = Loop(world.checkpointer, world.execution, world.strategy, clock=lambda: world.now)
+    world.faults.calls.clear()
+    fill(world, 0.0, pressure)
+    return world
+
+
+def repair(world: TimedWorld) -> None:
+    world.link.broken = False
+
+
+def test_full_output_stops_the_guest_until_a_commit_makes_room() -> None:
+    world = congested(0.9)
+    stopped: list[tuple[float, bool]] = []
+    for at in (0.2, 0.5):
+        world.at.append((world.now + at, lambda: stopped.append((world.now, world.guest.paused))))
+    world.at.append((world.now + 0.6, lambda: repair(world)))
+    rounds, throttled = world.execution.pauses, world.checkpointer.statistics.throttled_rounds
+    world.run_for(1.0)
+    assert [paused for _, paused in stopped] == [True, True]
+    assert world.faults.calls.count("hold guest") == 1
+    assert not world.guest.paused
+    assert world.execution.pauses > rounds + 5  # and on it goes
+    assert world.checkpointer.statistics.throttled_rounds == throttled + 1
+    world.settle()
+    world.check()
+
+
+def test_output_that_is_not_full_lets_the_guest_run_while_the_wire_stands_still() -> None:
+    world = congested(0.89)
+    world.at.append((world.now + 0.6, lambda: repair(world)))
+    world.run_for(1.0)
+    assert "hold guest" not in world.faults.calls
+    world.settle()
+    world.check()
+
+
+@pytest.mark.parametrize("last", [exception.PeerLost("silent"), KeyError("x"), None], ids=repr)
+def test_a_guest_that_was_stopped_runs_on_whatever_ends_the_wait(last: Exception | None) -> None:
+    world = congested(0.95)
+    seen: list[bool] = []
+
+    def ends() -> None:
+        seen.append(world.guest.paused)
+        if last is None:
+            world.loop.end()
+        else:
+            raise last
+
+    world.at.append((world.now + 0.3, lambda: world.checkpointer.post(ends)))
+    if last is None:
+        world.loop.run()
+    else:
+        with pytest.raises(type(last)):
+            world.loop.run()
+    assert seen == [True]
+    assert not world.guest.paused
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_stop_that_fails_leaves_the_guest_running(after: bool) -> None:
+    world = congested(0.95)
+    looks = world.faults.calls.index("running") if "running" in world.faults.calls else 0
+    world.faults.at = looks + 1  # running, then stop
+    world.faults.after = after
+    world.faults.error = exception.GuestError("no answer", code="QMP_TIMEOUT")
+    with pytest.raises(exception.GuestError, match="no answer"):
+        world.run_for(1.0)
+    assert world.faults.calls[world.faults.at] == "hold guest"
+    assert not world.guest.paused
+
+
+def test_a_guest_that_does_not_take_cont_after_its_stop_is_told_twice() -> None:
+    """As in a pause: a guest that stays stopped is the worst that can be."""
+    world = congested(0.95)
+    world.at.append((world.now + 0.3, lambda: repair(world)))
+    real = world.execution.resume
+    failures = iter([exception.GuestError("no answer", code="QMP_TIMEOUT")])
+
+    def resume() -> None:
+        for failure in failures:
+            raise failure
+        real()
+
+    world.execution.resume = resume  # type: ignore[method-assign]
+    with pytest.raises(exception.GuestError, match="no answer"):
+        world.run_for(1.0)
+    assert not world.guest.paused
+
+
+def test_a_guest_that_its_operator_paused_is_neither_stopped_nor_let_run() -> None:
+    world = congested(0.95)
+    world.execution.paused_by_operator = True
+    world.at.append((world.now + 0.3, lambda: repair(world)))
+    world.run_for(0.6)
+    assert not {"hold guest", "resume"} & set(world.faults.calls)
+
+
+def broken(world: TimedWorld, after_s: float = 0.0) -> None:
+    world.at.append((world.now + after_s, lambda: setattr(world.output, "broken", "EPIPE")))
+
+
+def ends_as_broken(world: TimedWorld) -> None:
+    with pytest.raises(exception.GuestError, match="EPIPE") as caught:
+        world.run_for(2.0)
+    assert caught.value.code == "OUTPUT_BUFFER_BROKEN"
+    assert caught.value.cure
+    assert not world.guest.paused
+
+
+def test_a_broken_buffer_ends_protection_within_one_interval() -> None:
+    world = protected()
+    broken(world, 0.31)
+    begin = world.now
+    ends_as_broken(world)
+    assert world.now - begin < 0.31 + 2 * PRESSURE_POLL_S
+
+
+def test_a_broken_buffer_ends_protection_while_the_wire_stands_still() -> None:
+    world = congested(0.95)
+    broken(world, 0.31)
+    ends_as_broken(world)
+
+
+def test_a_broken_buffer_ends_protection_of_a_guest_that_stands_still() -> None:
+    """A request that failed in its log stops the guest."""
+    world = protected()
+    world.execution.paused_by_operator = True
+    broken(world, 0.31)
+    ends_as_broken(world)
+
+
+def test_a_broken_disk_log_ends_protection() -> None:
+    world = protected()
+    world.at.append((world.now + 0.1, lambda: setattr(world.disks[1], "broken", "EPIPE: log")))
+    ends_as_broken(world)
+
+
+def test_a_broken_buffer_ends_protection_though_rounds_take_longer_than_the_interval() -> None:
+    """Then nobody waits between rounds; and nothing leaves the guest any more."""
+    world = protected()
+    scan = world.memory.scan
+
+    def slow_scan():  # type: ignore[no-untyped-def]
+        world.now += INTERVAL_S
+        world.link.step(1 << 20)
+        while world.link.settle() or world.tell_commit():
+            pass
+        for due, action in [event for event in world.at if event[0] <= world.now]:
+            world.at.remove((due, action))
+            action()
+        return scan()
+
+    world.memory.scan = slow_scan  # type: ignore[method-assign]
+    broken(world, 1.0)
+    ends_as_broken(world)
+
+
+def test_logs_keep_to_their_limit_while_a_pass_waits_for_room() -> None:
+    """The cache is full of what is under way, and the guest writes on its disk all the time."""
+    world = TimedWorld(2_000_000, depth=2, cache_slabs=6)
+    world.synchronise()
+    disk = world.disks[1]
+    disk.limit = 200 << 10
+    most = 0.0
+
+    def write() -> None:
+        nonlocal most
+        if not world.guest.paused:
+            disk.write(0, 40)
+        most = max(most, disk.pressure)
+        world.at.append((world.now + 0.002, write))
+
+    world.load(0.01, range(300))
+    write()
+    world.run_for(4.0)
+    assert most <= 1.2
+
+
+# -- how long output is held ------------------------------------------------------------
+
+
+def test_the_delay_of_output_is_that_of_the_oldest_in_the_round() -> None:
+    world = protected()
+    world.output.held_s = 0.012
+    other = FakeOutput(world.guest)
+    other.held_s = 0.034
+    other.cuts, other.released = list(world.output.cuts), list(world.output.released)
+    world.checkpointer.arm((world.output, other))
+    world.run_for(0.3)
+    assert {record.output_us for record in world.records[1:]} == {34_000.0}
+    world.settle()
+    assert other.released == world.output.released
+
+
+def test_rounds_without_output_have_no_delay() -> None:
+    world = protected()
+    world.run_for(0.2)
+    delay = world.checkpointer.statistics.summary()["output_delay_ms"]
+    assert delay == {"p50": 0.0, "p99": 0.0, "max": 0.0, "mean": 0.0}
+    world.output.held_s = 0.010
+    world.loop = Loop(world.checkpointer, world.execution, world.strategy, clock=lambda: world.now)
+    world.run_for(0.2)
+    delay = world.checkpointer.statistics.summary()["output_delay_ms"]
+    assert delay == {"p50": 10.0, "p99": 10.0, "max": 10.0, "mean": 10.0}
+
+
+# -- arming -----------------------------------------------------------------------------
+
+
+def test_network_output_is_held_from_just_before_checkpoint_one() -> None:
+    world = TimedWorld()
+    world.guest.write(range(300))
+    world.copy_disks()
+    outputs: list[FakeOutput] = []
+
+    def arm() -> list[FakeOutput]:
+        assert not world.guest.paused and not world.link.held
+        assert "pause" not in world.faults.calls
+        # everything that takes time is over
+        assert world.standby.frames and world.checkpointer._spilled_slabs == 0
+        outputs.append(FakeOutput(world.guest))
+        return outputs
+
+    world.loop.synchronise(arm=arm)
+    (output,) = outputs
+    assert output.cuts == output.released == [1]
+    assert world.output.cuts == []  # it is the armed ones that count
+    assert list(world.disks[0].waiting) == []
+
+
+def test_a_buffer_that_cannot_be_put_on_ends_the_synchronisation() -> None:
+    world = TimedWorld()
+    world.copy_disks()
+
+    def arm() -> list[FakeOutput]:
+        raise exception.GuestError("QEMU refused", code="QMP_ERROR")
+
+    with pytest.raises(exception.GuestError, match="QEMU refused"):
+        world.loop.synchronise(arm=arm)
+    assert not world.guest.paused
+    assert world.execution.pauses == 0

@@ -22,7 +22,13 @@ import pytest
 from nova_pmt.checkpoint.statistics import RING, RoundRecord, Statistics, percentiles
 
 
-def record(epoch: int, pause_us: float = 1000.0, pages: int = 10) -> RoundRecord:
+def record(
+    epoch: int,
+    pause_us: float = 1000.0,
+    pages: int = 10,
+    log_bytes: int = 0,
+    output_us: float = 0.0,
+) -> RoundRecord:
     return RoundRecord(
         epoch=epoch,
         started_s=float(epoch),
@@ -36,6 +42,8 @@ def record(epoch: int, pause_us: float = 1000.0, pages: int = 10) -> RoundRecord
         pause_pages=3,
         commit_us=2500,
         device_bytes=40_000,
+        log_bytes=log_bytes,
+        output_us=output_us,
     )
 
 
@@ -44,6 +52,8 @@ def test_nothing_yet_is_zeros() -> None:
     assert summary["rounds"] == 0
     assert summary["pause_ms"] == {"p50": 0.0, "p99": 0.0, "max": 0.0, "mean": 0.0, "last": 0.0}
     assert summary["pages"]["last"] == 0
+    assert summary["output_delay_ms"] == {"p50": 0.0, "p99": 0.0, "max": 0.0, "mean": 0.0}
+    assert summary["log_bytes_total"] == 0
 
 
 def test_summary_is_in_milliseconds_and_pages() -> None:
@@ -67,6 +77,21 @@ def test_summary_is_in_milliseconds_and_pages() -> None:
     assert (pages["p50"], pages["last"], pages["total"]) == (50.5, 100, 5050)
     assert pages["in_pause_p50"] == 3.0
     assert summary["commit_ms"]["p50"] == 2.5
+
+
+def test_output_delay_leaves_out_rounds_that_held_nothing() -> None:
+    statistics = Statistics()
+    for epoch in range(1, 101):
+        statistics.add(record(epoch, output_us=epoch * 1000.0 if epoch % 2 else 0.0))
+    delay = statistics.summary()["output_delay_ms"]
+    assert (delay["p50"], delay["mean"], delay["max"]) == (50.0, 50.0, 99.0)
+
+
+def test_logs_count_for_ever() -> None:
+    statistics = Statistics()
+    for epoch in range(1, RING + 6):
+        statistics.add(record(epoch, log_bytes=512))
+    assert statistics.summary()["log_bytes_total"] == 512 * (RING + 5)
 
 
 def test_only_the_last_rounds_count_but_totals_count_all() -> None:

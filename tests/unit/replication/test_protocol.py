@@ -249,6 +249,29 @@ def test_whatever_a_peer_calls_an_error_is_one(data: dict[str, Any]) -> None:
     assert isinstance(exception.from_dict(data), exception.PmtError)
 
 
+def test_the_digest_covers_disks_with_their_number_and_offset() -> None:
+    def of(*frames: tuple[int, bytes]) -> bytes:
+        digest = Digest()
+        for value, data in frames:
+            digest.add_disk(value, data)
+        assert digest.pages == 0
+        return digest.finish(b"devices")
+
+    value = protocol.disk_value(3, 4096)
+    seen = {
+        of((value, b"ab")),
+        of((value, b"ab"), (value, b"ab")),
+        of((value, b"ba")),
+        of((protocol.disk_value(2, 4096), b"ab")),
+        of((protocol.disk_value(3, 4608), b"ab")),
+        of((value, b"a"), (value, b"b")),
+        of((value, b"b"), (value, b"a")),
+        of(),
+    }
+    assert len(seen) == 8
+    assert of((value, b"ab")) == xxhash.xxh3_128_digest(value.to_bytes(8, "big") + b"abdevices")
+
+
 def test_the_digest_covers_numbers_pages_and_devices_in_their_order() -> None:
     numbers = np.array([3, 9], np.int64).tobytes()
     pages = bytes(range(256)) * 32

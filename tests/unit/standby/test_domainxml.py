@@ -30,7 +30,16 @@ from nova_pmt.standby.domainxml import (
     standby_xml,
     with_mark,
 )
-from tests.unit.fakes.domains import FOREIGN, HUGEPAGES, NOVA, NUMA, PLAIN, SAMPLES, UUID
+from tests.unit.fakes.domains import (
+    FOREIGN,
+    HUGEPAGES,
+    NOVA,
+    NUMA,
+    PLAIN,
+    SAMPLES,
+    UUID,
+    with_device,
+)
 
 MARK = Mark(3, "one", True)
 QMP = monitor_path("/run/nova_pmt/qmp", UUID)
@@ -70,10 +79,17 @@ def test_the_guest_sees_no_difference(name: str) -> None:
         assert canonical(ET.tostring(after.find(same), encoding="unicode")) == canonical(
             ET.tostring(before.find(same), encoding="unicode")
         )
+    for disk in before.findall("devices/disk"):
+        for tag in ("backingStore", "source"):
+            for old in disk.findall(tag):
+                disk.remove(old)
+    for disk in after.findall("devices/disk"):
+        for old in disk.findall("source"):
+            disk.remove(old)
     for path in ("devices/disk", "devices/video", "devices/memballoon", "cpu/model"):
         ours, theirs = after.findall(path), before.findall(path)
-        assert [ET.canonicalize(ET.tostring(e, encoding="unicode")) for e in ours] == [
-            ET.canonicalize(ET.tostring(e, encoding="unicode")) for e in theirs
+        assert [canonical(ET.tostring(e, encoding="unicode")) for e in ours] == [
+            canonical(ET.tostring(e, encoding="unicode")) for e in theirs
         ]
     mac = after.find("devices/interface/mac")
     assert mac is not None and mac.get("address") == "52:54:00:12:34:56"
@@ -96,6 +112,57 @@ def test_what_the_primarys_host_chose_is_left_out(name: str) -> None:
     listen = graphics.find("listen")
     assert listen is not None
     assert (listen.get("address"), graphics.get("listen")) == ("127.0.0.1", "127.0.0.1")
+
+
+DISK = """\
+<disk type='file' device='disk'>
+  <driver name='qemu' type='qcow2' cache='none' discard='unmap'/>
+  <source file='/images/a.qcow2' index='4'>
+    <seclabel model='dac' relabel='no'/>
+  </source>
+  <backingStore type='file' index='3'>
+    <format type='raw'/>
+    <source file='/images/_base/x'/>
+    <backingStore/>
+  </backingStore>
+  <mirror type='file' job='copy'/>
+  <target dev='vda' bus='virtio'/>
+  <serial>0123</serial>
+  <boot order='1'/>
+  <address type='pci' domain='0x0000' bus='0x03' slot='0x00' function='0x0'/>
+</disk>
+"""
+
+
+def test_disks_are_flat_images_at_the_same_path() -> None:
+    disk = made(with_device(DISK)).findall("devices/disk")[-1]
+    assert disk.find("backingStore") is None
+    assert disk.find("mirror") is None
+    source = disk.find("source")
+    assert source is not None
+    assert source.attrib == {"file": "/images/a.qcow2"}
+    assert list(source) == []
+    assert [element.tag for element in disk] == [
+        "driver",
+        "source",
+        "target",
+        "serial",
+        "boot",
+        "address",
+    ]
+    driver = disk.find("driver")
+    assert driver is not None
+    assert driver.get("type") == "qcow2"
+    assert driver.get("discard") == "unmap"
+
+
+def test_the_definition_after_a_failover_has_flat_images_too() -> None:
+    root = ET.fromstring(definition_xml(with_device(DISK)))
+    assert root.find("devices/disk/backingStore") is None
+    assert [s.attrib for s in root.findall("devices/disk/source")] == [
+        {"file": "/srv/cd.iso"},
+        {"file": "/images/a.qcow2"},
+    ]
 
 
 def test_tap_devices_of_libvirt_are_named_anew_and_those_of_nova_stay() -> None:

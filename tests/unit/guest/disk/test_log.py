@@ -146,6 +146,16 @@ def test_a_dead_workers_log_can_be_read(qemu: FakeBlocks, log: DiskLog, tmp_path
     assert DiskLog.left(log.disk, qemu, str(tmp_path)) is None
 
 
+def test_a_log_that_writes_pass_by_is_none(qemu: FakeBlocks, log: DiskLog, tmp_path: Path) -> None:
+    """Its worker died after it took the filter off: since then the guest wrote unseen."""
+    log.install(3)
+    write(qemu, log, 8)
+    log.unplug()
+    log.close()
+    assert DiskLog.left(log.disk, qemu, str(tmp_path)) is None
+    assert DiskLog.recover(log.disk, qemu, str(tmp_path))
+
+
 @pytest.mark.parametrize("content", [b"", b"x" * 600, b"PMTLOG1\0" + b"\xff" * 600])
 def test_a_log_that_makes_no_sense_is_none_but_is_taken_off(
     qemu: FakeBlocks, log: DiskLog, tmp_path: Path, content: bytes

@@ -1,0 +1,142 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The results page: made from what campaigns wrote, never typed by hand."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nova_pmt.evaluation.report import two
+
+PAGE = Path("doc/source/results/output-commit.md")
+DATA = Path("doc/source/results/data")
+PATTERN = "output-commit*.json"
+
+_INTRODUCTION = """\
+# Output commit: the campaign
+
+<!-- Made by `nova-pmt-campaign page` from the files that campaigns wrote. Do not edit. -->
+
+Two hosts with agents, and a guest with a small transactional server: each request gets the next
+number, is written to two disks (qcow2 on virtio-blk, raw on virtio-scsi) with fdatasync, and is
+answered with its number. Clients outside hold their connections open and send requests, while one
+of these is killed at a random moment, again and again:
+
+- `qemu`: the QEMU of the primary (SIGKILL)
+- `worker`: the primary's worker; its agent lives, and either side may go on
+- `both`: worker and agent of the primary at once
+- `host`: the primary's host, in half of the trials with its network cut first
+
+After each kill: one side goes on and the other has ended; every answered request is in the guest's
+memory in its place, none twice; the guest finds its disks as its memory; the images of the
+survivor, while it is paused, are what the answered requests make them, byte for byte, over the
+whole record area; `qemu-img check` is clean; and each client goes on with the same TCP connection.
+Then the guest is protected towards the other host, over the stale images there, and the next trial
+begins.
+"""
+_NEGATIVE = """\
+The same campaign with `NOVA_PMT_UNSAFE=no-egress-buffer`: packets are not held until their
+checkpoint is committed. It must lose answered requests; otherwise the campaign could not fail.
+Connections break as well, since clients have then seen more of them than the survivor knows.
+"""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _sums(summary: Mapping[str, Any]) -> str:
+    rows = [
+        ("trials", summary["trials"]),
+        ("failovers (the standby went on)", summary["failovers"]),
+        ("requests answered", summary["answered"]),
+        ("**answered requests lost**", f"**{summary['lost']}**"),
+        ("requests or answers twice", summary["repeated"]),
+        ("records that nobody sent", summary["unexplained"]),
+        ("connections broken", summary["broken_connections"]),
+        ("images unlike the answered requests", summary["image_mismatches"]),
+        ("errors found by `qemu-img check`", summary["image_check_errors"]),
+        ("clusters leaked", summary["image_leaks"]),
+        ("disks unlike memory, as the guest sees it", summary["disks_unlike_memory"]),
+        ("both hosts ran it to the end", summary["two_survivors"]),
+    ]
+    if summary["options"]["negative"]:
+        rows.insert(4, ("trials that lost any", summary["trials_with_loss"]))
+    return _table(("what", "how many"), rows)
+
+
+def _kinds(summary: Mapping[str, Any]) -> str:
+    head = ("killed", "trials", "failovers", "lost", "kill to running, ms p50 / p99")
+    rows = [
+        (
+            f"`{kind}`",
+            row["trials"],
+            row["failovers"],
+            row["lost"],
+            two(row["failover_ms"]),
+            two(row["silence_ms"]),
+        )
+        for kind, row in summary["kinds"].items()
+    ]
+    return _table((*head, "no answer to any client, ms p50 / p99"), rows)
+
+
+def _facts(path: Path, summary: Mapping[str, Any]) -> str:
+    options, machine = summary["options"], summary["machine"]
+    load = ", ".join(str(value) for value in machine["load_average"])
+    words = [
+        f"Seed {summary['seed']}, {options['clients']} clients, a checkpoint each "
+        f"{options['interval_ms']} ms, {summary['seconds'] / 60:.0f} minutes "
+        f"(p50 of a trial {summary['duration_s']['p50']:.1f} s), "
+        f"{summary['guests']} guest{'s' if summary['guests'] > 1 else ''}."
+        if summary["duration_s"]
+        else f"Seed {summary['seed']}: no trial was finished.",
+        f"Command: `{shlex.join(machine['command'])}`, {machine['date'][:10]}; "
+        f"{machine['cpus']} CPUs ({machine['cpu_model']}), Linux {machine['kernel']}, "
+        f"QEMU {machine['qemu']} under TCG, Python {machine['python']}, "
+        f"nova_pmt {machine['nova_pmt']}, load average {load}.",
+        f"Data: `{path.name}`.",
+    ]
+    if summary["void"]:
+        words.append(
+            f"{len(summary['void'])} trials do not count, because the pair had come apart before "
+            f"the kill; the campaign went on with a new guest."
+        )
+    if summary["stopped"]:
+        words.append(f"It ended early: {summary['stopped']}.")
+    return "\n".join(words) + "\n"
+
+
+def page(files: Sequence[Path]) -> str:
+    """The page for the summaries in these files: those with the buffer on first.
+
+    :raises OSError: a file cannot be read.
+    :raises ValueError: it is no campaign's summary.
+    :raises KeyError: the same.
+    """
+    read = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in files]
+    parts = [_INTRODUCTION]
+    for path, summary in sorted(read, key=lambda one: one[1]["options"]["negative"]):
+        if summary["options"]["negative"]:
+            parts.append(f"## Without holding packets: seed {summary['seed']}\n")
+            parts.append(_NEGATIVE)
+        else:
+            parts.append(f"## {summary['trials']} trials: seed {summary['seed']}\n")
+        parts += [_sums(summary), _kinds(summary), _facts(path, summary)]
+    return "\n".join(parts)
