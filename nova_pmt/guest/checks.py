@@ -293,7 +293,7 @@ def _image_problems(name: str, path: str) -> list[Refusal]:
                 f"disk {name}: {path} is no regular file: only image files are replicated"
             )
         ]
-    kind = SHARED_FILE_SYSTEMS.get(_file_system(path))
+    kind = SHARED_FILE_SYSTEMS.get(file_system(path))
     if kind:
         return [exception.SharedStorage(f"the image of disk {name}, {path}, is on {kind}")]
     return []
@@ -307,7 +307,7 @@ def standby_memory(directory: str, needed_bytes: int) -> list[Refusal]:
     parent = directory
     while not os.path.isdir(parent) and parent != "/":
         parent = os.path.dirname(parent)
-    if _file_system(parent) not in (TMPFS_MAGIC, HUGETLBFS_MAGIC):
+    if file_system(parent) not in (TMPFS_MAGIC, HUGETLBFS_MAGIC):
         return [
             exception.UnsupportedMemory(
                 f"memory_backing_dir {directory} is not on tmpfs or hugetlbfs",
@@ -344,7 +344,7 @@ def _available_memory() -> int:
     return 0
 
 
-def _file_system(path: str) -> int:
+def file_system(path: str) -> int:
     """Magic number of the file system, as statfs(2) gives it."""
     libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(256)

@@ -44,17 +44,23 @@ from nova_pmt.lab import image as lab_image
 from nova_pmt.lab import paths
 from nova_pmt.lab.image import Image
 
-_RECIPE = 1  # increase when this file makes something else of the same files
+_RECIPE = 2  # increase when this file makes something else of the same files
 _KEPT = 3
 _CURE = "Install what bindep.txt lists (qemu, busybox-static, iproute2), try again."
 _BUSYBOX = Path("/usr/bin/busybox")
 
-#: Prints what an interpreter has loaded when it has imported the program.
+#: Prints what an interpreter has loaded when it has imported the program, and the directories of
+#: packages whose __init__ was left out.
 _LIST = """\
-import importlib, json, runpy, sys
-importlib.import_module(sys.argv[1])
+import importlib, importlib.util, json, runpy, sys
+program, *bare = sys.argv[1:]
+for name in bare:
+    spec = importlib.util.find_spec(name)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+importlib.import_module(program)
 files = {getattr(m, "__file__", None) or "" for m in list(sys.modules.values())}
-json.dump(sorted(f for f in files if f.startswith("/")), sys.stdout)
+directories = [sys.modules[name].__path__[0] for name in bare]
+json.dump([sorted(f for f in files if f.startswith("/")), directories], sys.stdout)
 """
 
 _INIT = """\
@@ -78,6 +84,7 @@ def build(
     *,
     modules: Sequence[str],
     programs: Sequence[str] = (),
+    bare: Sequence[str] = (),
     cache: Path | None = None,
 ) -> Image:
     """The image that runs ``program``, from the cache or newly built (about 5 s).
@@ -85,13 +92,15 @@ def build(
     :param program: a Python module, run as ``python -m``; must import all that it will need.
     :param modules: kernel modules, loaded in this order, each after what it depends on.
     :param programs: commands to have in the guest, with their libraries.
+    :param bare: Python packages that are there with an empty ``__init__``, because theirs imports
+        far more than the program uses (the emulated machine takes seconds for what is ms here).
     :param cache: by default ``build/lab/kernel-guest`` of the checkout.
     :raises LabError: a tool, package or module is missing.
     """
     cache = cache or paths.base_directory() / "kernel-guest"
     cache.mkdir(parents=True, exist_ok=True)
     kernel = _kernel()
-    files = _files(kernel, program, modules, programs)
+    files = _files(kernel, program, modules, programs, bare)
     digest = hashlib.sha256(f"{_RECIPE} {kernel.name} {sys.version}".encode())
     for name, data in sorted(files.items()):
         digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
@@ -160,7 +169,11 @@ def _kernel() -> Path:
 
 
 def _files(
-    kernel: Path, program: str, modules: Sequence[str], programs: Sequence[str]
+    kernel: Path,
+    program: str,
+    modules: Sequence[str],
+    programs: Sequence[str],
+    bare: Sequence[str],
 ) -> dict[str, bytes]:
     """Everything in the guest: absolute path to content; programs are what lies in a bin."""
     checkout = paths.checkout()
@@ -170,13 +183,15 @@ def _files(
     site = [path for path in sys.path if path.endswith("-packages")]
     search = ":".join([str(checkout), *site])
     python = os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
-    loaded = _loaded(python, search, program)
+    loaded, bare_directories = _loaded(python, search, program, bare)
     binaries = [python, *(_which(name) for name in programs)]
     files = {path: Path(path).read_bytes() for path in (*loaded, *binaries)}
     native = [path for path in (*loaded, *binaries) if files[path].startswith(b"\x7fELF")]
     files.update((path, Path(path).read_bytes()) for path in _libraries(native))
+    empty = [f"{directory}/__init__.py" for directory in bare_directories]
+    files.update((path, b"") for path in empty)
     for path in loaded:
-        if path.endswith(".py"):
+        if path.endswith(".py") and path not in empty:
             files[importlib.util.cache_from_source(path)] = _compiled(path)
     order = _with_dependencies(kernel, modules)
     files.update((f"/modules/{path.stem}.ko", path.read_bytes()) for path in order)
@@ -197,10 +212,15 @@ def _which(name: str) -> str:
     return found
 
 
-def _loaded(python: str, search: str, program: str) -> list[str]:
-    """The files of all that the program imports; the interpreter is started as in the guest."""
+def _loaded(
+    python: str, search: str, program: str, bare: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The files of all that the program imports, and the directories of ``bare`` packages.
+
+    The interpreter is started as it will be in the guest.
+    """
     done = subprocess.run(
-        [python, "-S", "-B", "-c", _LIST, program],
+        [python, "-S", "-B", "-c", _LIST, program, *bare],
         env={"PYTHONPATH": search, "PATH": os.environ.get("PATH", "")},
         capture_output=True,
         text=True,
@@ -208,10 +228,10 @@ def _loaded(python: str, search: str, program: str) -> list[str]:
     )
     if done.returncode:
         raise LabError(f"{program} cannot be imported: {done.stderr.strip()[-2000:]}")
-    loaded: list[str] = json.loads(done.stdout)
+    loaded, empty = json.loads(done.stdout)
     # By os.py an interpreter knows its library; runpy is what "-m" is.
     library = sysconfig.get_path("stdlib")
-    return sorted({*loaded, f"{library}/os.py", f"{library}/runpy.py"})
+    return sorted({*loaded, f"{library}/os.py", f"{library}/runpy.py"}), empty
 
 
 def _compiled(path: str) -> bytes:

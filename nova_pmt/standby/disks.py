@@ -61,8 +61,9 @@ LOG = log.getLogger(__name__)
 
 #: Any one request, and the end of the storage daemon; a disk that is this slow is broken.
 TIMEOUT_S = 30.0
-#: Of the tables of a qcow2 image: 10 bytes for each cluster of 64 KiB, rounded up; and its header.
-_TABLES_SHARE, _TABLES_BYTES = 4096, 1 << 20
+#: Of a qcow2 image: for each cluster at most (8 in an L2 table, 2 of a reference count, and what
+#: those take in the tables above), and at least. Clusters have 64 KiB unless somebody chose.
+_CLUSTER_TABLES_BYTES, _TABLES_BYTES, _CLUSTER_BYTES = 11, 1 << 20, 1 << 16
 #: Bytes that QEMU locks when it has an image open to write (``block/file-posix.c``): base 100, and
 #: permissions WRITE, WRITE_UNCHANGED and RESIZE.
 _WRITER_LOCKS = (101, 3)
@@ -115,7 +116,7 @@ class StandbyDisks:
 
     def _path_problems(self, disk: DiskSpec) -> Iterator[Refusal]:
         directory = _existing_directory(disk.path)
-        kind = checks.SHARED_FILE_SYSTEMS.get(checks._file_system(directory))
+        kind = checks.SHARED_FILE_SYSTEMS.get(checks.file_system(directory))
         if kind:
             yield exception.SharedStorage(
                 f"disk {disk.name}: {directory} on the standby host is on {kind}"
@@ -141,7 +142,8 @@ class StandbyDisks:
             where.setdefault(device, directory)
             size = disk.size if to_copy is None else to_copy[index]
             if disk.format == "qcow2":
-                size += disk.size // _TABLES_SHARE + _TABLES_BYTES
+                clusters = disk.size // (disk.cluster_bytes or _CLUSTER_BYTES)
+                size += clusters * _CLUSTER_TABLES_BYTES + _TABLES_BYTES
             needed[device] = needed.get(device, 0) + size
             if self._ours(disk.path) is not None:  # what it takes up now is for it
                 room[device] += os.lstat(disk.path).st_blocks * 512
@@ -219,7 +221,8 @@ class StandbyDisks:
 
     def _directories(self) -> tuple[str, ...]:
         """Those that were made for the images before, and those that will be."""
-        found = list(self._record.directories) if self._record is not None else []
+        before = self._record.directories if self._record is not None else ()
+        found = [path for path in before if os.path.isdir(path)]
         for disk in self._disks:
             missing = []
             directory = os.path.dirname(disk.path)

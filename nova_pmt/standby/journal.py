@@ -17,7 +17,7 @@ Implements :class:`nova_pmt.replication.receiver.Disks` over the standby's image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nova_pmt import exception
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 #: Most that logs may take up in memory while they wait.
 STAGING_BYTES = 1 << 30
+
+
+#: Entries that are written at a time: some 50 ms.
+SLICE_ENTRIES = 1024
 
 
 class NoDisks:
@@ -61,10 +65,17 @@ class Journal:
     """See the module's text.
 
     :param images: opened before the first call of :meth:`copy` or :meth:`apply`.
+    :param breathe: called now and then while much is written, so that the peer hears of us.
     """
 
-    def __init__(self, images: StandbyDisks, specs: Sequence[DiskSpec]) -> None:
+    def __init__(
+        self,
+        images: StandbyDisks,
+        specs: Sequence[DiskSpec],
+        breathe: Callable[[], None] = lambda: None,
+    ) -> None:
         self._images = images
+        self._breathe = breathe
         self._specs = tuple(specs)
         self._parsers = [LogParser(spec.size) for spec in specs]
         self._pending: list[list[Entry]] = [[] for _ in specs]
@@ -95,7 +106,7 @@ class Journal:
             self._pending[disk] += self._parsers[disk].feed(part)
         except exception.DiskLogError as error:
             raise exception.CheckpointCorrupt(
-                f"the write log of disk {disk} cannot be read: {error.message}"
+                f"the write log of disk {disk} cannot be read: {error.message}", cure=error.cure
             ) from error
 
     def whole(self) -> bool:
@@ -110,9 +121,10 @@ class Journal:
         if not self._waiting_bytes:
             return
         for disk, entries in enumerate(self._pending):
-            if entries:
-                self._images.apply(disk, entries)
-                entries.clear()
+            for at in range(0, len(entries), SLICE_ENTRIES):
+                self._images.apply(disk, entries[at : at + SLICE_ENTRIES])
+                self._breathe()
+            entries.clear()
         self._applied_bytes += self._waiting_bytes
         self._waiting_bytes = 0
 

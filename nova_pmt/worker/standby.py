@@ -192,6 +192,7 @@ class Standby(Side):
                 self._create_disks(stack)
                 self._domain = self._create_domain(connection)
             except exception.PmtError as error:
+                self._put_away_disks(keep=True)
                 self._end_with_error(error)
                 return 0
             try:
@@ -226,11 +227,11 @@ class Standby(Side):
     def _cancel(self, reason: str, state: str, *, keep: bool = True) -> None:
         with contextlib.suppress(exception.GuestError):
             self._domain.destroy()
-        self._put_away_disks(keep)
         if self._link is not None:
             with contextlib.suppress(exception.PeerError):
                 self._link.send(RawFrame(protocol.pack_json(Type.BYE, {"reason": reason})))
                 self._link.flush()
+        self._put_away_disks(keep)  # may wait for the disk below, for seconds
         self._state(state, reason)
 
     def _create_disks(self, stack: contextlib.ExitStack) -> None:
@@ -330,7 +331,13 @@ class Standby(Side):
     def _journal(self) -> Disks:
         if self._disks is None:
             return NoDisks()
-        return Journal(self._disks, self._disk_specs)
+        return Journal(self._disks, self._disk_specs, self._breathe)
+
+    def _breathe(self) -> None:
+        """Say that we live, in the middle of other work."""
+        if self._link is not None:
+            self._link.tick()
+            self._link.flush(0.0)
 
     def _tell_stats(self) -> None:
         if self._link is not None and self._receiver is not None:

@@ -244,7 +244,7 @@ def test_an_image_on_a_file_system_of_several_hosts_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, magic: int
 ) -> None:
     (tmp_path / "image").write_bytes(b"")
-    monkeypatch.setattr(checks, "_file_system", lambda _path: magic)
+    monkeypatch.setattr(checks, "file_system", lambda _path: magic)
     (refusal,) = checks.disk_problems(image(tmp_path / "image"))
     assert refusal.code == "SHARED_STORAGE"
     assert checks.SHARED_FILE_SYSTEMS[magic] in refusal.message
@@ -272,8 +272,8 @@ def test_a_directory_that_libvirt_has_yet_to_make_is_judged_by_its_parent() -> N
 
 
 def test_a_directory_on_a_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks._file_system("/dev/shm") == checks.TMPFS_MAGIC
-    monkeypatch.setattr(checks, "_file_system", lambda _path: 0xEF53)
+    assert checks.file_system("/dev/shm") == checks.TMPFS_MAGIC
+    monkeypatch.setattr(checks, "file_system", lambda _path: 0xEF53)
     (refusal,) = checks.standby_memory(str(tmp_path), MIB)
     assert refusal.code == "BACKING_NOT_IN_MEMORY"
     assert "memory_backing_dir" in refusal.cure
@@ -297,4 +297,4 @@ def test_too_little_memory_on_the_host_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_this_host_has_some_memory_and_an_unknown_path_no_file_system() -> None:
     assert checks._available_memory() > 0
-    assert checks._file_system("/nonexistent") == 0
+    assert checks.file_system("/nonexistent") == 0

@@ -279,7 +279,7 @@ def test_an_image_that_a_qemu_writes_to_is_left_alone(host: Host) -> None:
 
 
 def test_shared_file_systems_are_refused(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    magic = checks._file_system(str(host.root))
+    magic = checks.file_system(str(host.root))
     monkeypatch.setitem(checks.SHARED_FILE_SYSTEMS, magic, "NFS")
     (refusal,) = host.disks(host.specs("raw")).check()
     assert isinstance(refusal, exception.SharedStorage)
@@ -333,14 +333,17 @@ def test_images_hold_the_first_copy_and_the_log(host: Host) -> None:
 
 
 @needs_qemu
-@pytest.mark.parametrize("kind", ["raw", "qcow2"])
-def test_a_guests_writes_make_the_same_image(host: Host, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "cluster_bytes"), [("raw", 0), ("qcow2", 65536), ("qcow2", 2048), ("qcow2", MIB)]
+)
+def test_a_guests_writes_make_the_same_image(host: Host, kind: str, cluster_bytes: int) -> None:
     """A real log of writes, zeros, discards and flushes, over the image as it was before."""
     chance = random.Random(7)
-    (spec,) = host.specs(kind)
+    spec = replace(host.specs(kind)[0], cluster_bytes=cluster_bytes)
     source = host.root / "source"
     source.mkdir()
-    disk, log = image(source / "disk", kind, spec.size), source / "log"
+    options = ["-o", f"cluster_size={cluster_bytes}"] if cluster_bytes else []
+    disk, log = image(source / "disk", kind, spec.size, *options), source / "log"
     first = chance.randbytes(spec.size // 2)
     log.touch()
     with host.disks([spec]) as disks:
