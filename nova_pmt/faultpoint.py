@@ -43,6 +43,7 @@ STEPS = (
     "round.releasing",
     "round.committed",
     "standby.staging",
+    "standby.rebuilt",
     "standby.verified",
     "standby.acknowledged",
     "standby.applied",

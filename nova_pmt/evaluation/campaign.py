@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from nova_pmt.evaluation import evidence
 from nova_pmt.evaluation.plan import KINDS, Kind, plans
 from nova_pmt.evaluation.session import Session
 from nova_pmt.evaluation.site import Site
@@ -102,6 +103,7 @@ class Campaign:
         """
         options = self._options
         self._directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._directory / "logs", ignore_errors=True)
         env = {UNSAFE: UNBUFFERED} if options.negative else {}
         try:
             with (
@@ -125,8 +127,7 @@ class Campaign:
     def _keep_logs(self) -> None:
         """What the agents and workers said, before the lab is gone."""
         logs = self._directory / "logs"
-        shutil.rmtree(logs, ignore_errors=True)
-        shutil.copytree(self._lab.ctl.log_directory, logs)
+        shutil.copytree(self._lab.ctl.log_directory, logs, dirs_exist_ok=True)
 
     @property
     def _left(self) -> int:
@@ -156,6 +157,10 @@ class Campaign:
                 before = session.ledger.records
                 try:
                     result = trial.run()
+                except PmtError:
+                    self._keep_logs()  # before what they tell of is gone
+                    evidence.collect(self._lab, session.guest.name, self._directory / "logs")
+                    raise
                 except Void as void:
                     self.voids.append(f"trial {plan.number} ({plan.kind}): {void}")
                     if len(self.voids) >= _VOIDS:

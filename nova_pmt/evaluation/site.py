@@ -114,9 +114,11 @@ class Site:
         """Whether libvirt of a host says that the guest runs there; a standby waits, paused."""
         import libvirt
 
+        # A domain that ends as we look is no news; libvirt would print it.
+        libvirt.registerErrorHandler(lambda _context, _error: None, None)
         with host.libvirt() as connection:
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-                with contextlib.suppress(libvirt.libvirtError):  # it ends as we look
+                with contextlib.suppress(libvirt.libvirtError):
                     if domain.UUIDString() == uuid:
                         return bool(domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING)
         return False

@@ -16,7 +16,7 @@ Each frame is a header of 24 bytes, big endian, and a payload::
 
     0   2s   magic "PM"
     2   u8   type
-    3   u8   flags: codec of the pages (0: as they are)
+    3   u8   flags: 1 in COMMIT: the device state is a delta against the last one
     4   u32  length of the payload, in bytes
     8   u64  epoch
     16  u64  value; its meaning depends on the type
@@ -31,6 +31,7 @@ BLOCK        P     data of a disk's first copy, before checkpoint 1; disk and of
 LOG          P     a part of a disk's write log, as QEMU wrote it; epoch; disk
 PRELUDE      P     head of the activation stream (ROMs)
 PAGES        P     value x int64 page numbers, little endian, then value x 4096 bytes; epoch
+DELTA        P     changes of pages against the last commit (see delta.py); epoch; pages
 COMMIT       P     xxh3_128 of the checkpoint (16 bytes), device state; epoch; pages sent in all
 COMMITTED    S     none; epoch
 HEARTBEAT    both  none
@@ -43,8 +44,9 @@ ERROR        S     JSON: code, message, cure; the connection ends
 
 Where the value names a disk, its highest byte is the disk's number and the rest an offset in bytes.
 
-The checksum covers page numbers, pages, blocks, logs and device state in the order in which they
-were sent. It is not a defence against people (TLS is) but against memory, firmware and ourselves.
+The checksum covers page numbers, whole pages, blocks, logs and the whole device state in the order
+in which they were sent. It is not a defence against people (TLS is) but against memory, firmware
+and ourselves.
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ VERSION = 2
 MAGIC = b"PM"
 HEADER = struct.Struct("!2sBBIQQ")
 DIGEST_BYTES = 16
+#: Flag of a COMMIT frame.
+STATE_IS_DELTA = 1
 MAX_PAGES = 256
 NUMBER_BYTES = 8
 #: Most that one BLOCK or LOG frame holds.
@@ -90,6 +94,7 @@ class Type(enum.IntEnum):
     COPY = 13
     BLOCK = 14
     LOG = 15
+    DELTA = 16
 
 
 _JSON_LIMIT = 1 << 16
@@ -110,6 +115,7 @@ LIMITS: dict[Type, int] = {
     Type.COPY: _JSON_LIMIT,
     Type.BLOCK: DISK_BYTES,
     Type.LOG: DISK_BYTES,
+    Type.DELTA: MAX_PAGES * (NUMBER_BYTES + PAGE_SIZE),
 }
 
 
@@ -155,11 +161,13 @@ class Header:
             not 0 < value <= MAX_PAGES or length != value * (NUMBER_BYTES + PAGE_SIZE)
         ):
             raise exception.ProtocolMismatch(f"PAGES frame of {length} bytes for {value} pages")
+        if known is Type.DELTA and not 0 < value <= MAX_PAGES:
+            raise exception.ProtocolMismatch(f"DELTA frame for {value} pages")
         if known in (Type.BLOCK, Type.LOG) and not length:
             raise exception.ProtocolMismatch(f"{known.name} frame without data")
         if known is Type.COMMIT and length < DIGEST_BYTES:
             raise exception.ProtocolMismatch(f"COMMIT frame of {length} bytes")
-        if flags:
+        if flags & ~(STATE_IS_DELTA if known is Type.COMMIT else 0):
             raise exception.ProtocolMismatch(f"frame with unknown flags {flags:#x}")
         return cls(known, length, epoch, value, flags)
 

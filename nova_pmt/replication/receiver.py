@@ -29,12 +29,14 @@ from nova_pmt import exception, faultpoint
 from nova_pmt.checkpoint.cache import SLAB_PAGES, SlabCache
 from nova_pmt.checkpoint.interfaces import PageNumbers, Pages
 from nova_pmt.checkpoint.statistics import RING, percentiles
+from nova_pmt.replication import delta
 from nova_pmt.replication.link import Buffers
 from nova_pmt.replication.protocol import (
     DIGEST_BYTES,
     DISK_BYTES,
     MAX_PAGES,
     NUMBER_BYTES,
+    STATE_IS_DELTA,
     Digest,
     Header,
     Type,
@@ -51,6 +53,9 @@ class Image(Protocol):
 
     def write(self, numbers: PageNumbers, data: Pages) -> None:
         """Put pages in place."""
+
+    def read(self, numbers: PageNumbers, out: Pages) -> None:
+        """Copy pages, as the last commit left them, into ``out``."""
 
 
 class Disks(Protocol):
@@ -80,7 +85,7 @@ class Disks(Protocol):
 class Receiver:
     """Stages, verifies, commits, applies.
 
-    Implements :class:`nova_pmt.replication.link.FrameHandler` for PAGES, BLOCK, LOG and COMMIT
+    Implements :class:`nova_pmt.replication.link.FrameHandler` for PAGES, DELTA, BLOCK, LOG and COMMIT
     frames; the standby hands it those.
 
     :param staging: where checkpoints wait.
@@ -121,6 +126,14 @@ class Receiver:
             )
         if header.type is not Type.PAGES:
             return [memoryview(bytearray(header.length))]
+        slab = self._filling = self._staging_slab()
+        first = slab * SLAB_PAGES
+        numbers = self._numbers[slab, : header.value].data.cast("B")
+        data = self._staging.pages[first : first + header.value].data.cast("B")
+        assert len(numbers) == header.value * NUMBER_BYTES
+        return [numbers, data]
+
+    def _staging_slab(self) -> int:
         slab = self._take_slab()
         if slab is None:
             raise exception.PeerError(
@@ -128,12 +141,7 @@ class Receiver:
                 code="STAGING_FULL",
                 cure="Give the standby host more free memory; the pair is made anew by itself.",
             )
-        self._filling = slab
-        first = slab * SLAB_PAGES
-        numbers = self._numbers[slab, : header.value].data.cast("B")
-        data = self._staging.pages[first : first + header.value].data.cast("B")
-        assert len(numbers) == header.value * NUMBER_BYTES
-        return [numbers, data]
+        return slab
 
     def _take_slab(self) -> int | None:
         slab = self._staging.take()
@@ -181,6 +189,31 @@ class Receiver:
         if not self.committed:
             self._apply()
 
+    def delta(self, header: Header, payload: memoryview) -> None:
+        """A DELTA frame is complete: pages of the image, changed.
+
+        :raises nova_pmt.exception.CheckpointCorrupt: it is none.
+        """
+        try:
+            numbers, rows, places, words = delta.decode(payload, header.value)
+            if int(numbers.min()) < 0 or int(numbers.max()) >= self._image.page_count:
+                raise ValueError("page number out of range")
+        except ValueError as error:
+            raise exception.CheckpointCorrupt(
+                f"delta in checkpoint {header.epoch}: {error}"
+            ) from error
+        slab = self._staging_slab()
+        first = slab * SLAB_PAGES
+        pages = self._staging.pages[first : first + header.value]
+        self._image.read(numbers, pages)
+        pages.view(np.uint64)[rows, places] = words
+        self._numbers[slab, : header.value] = numbers
+        self._digest.add_pages(
+            numbers.astype("<i8", copy=False).tobytes(), pages.data.cast("B"), header.value
+        )
+        self._staged.append((slab, header.value))
+        faultpoint.reach("standby.rebuilt")
+
     def disk(self, header: Header, payload: memoryview) -> None:
         """A BLOCK or LOG frame is complete.
 
@@ -211,7 +244,7 @@ class Receiver:
             raise exception.CheckpointCorrupt(
                 f"commit of checkpoint {header.epoch}, but {self.committed + 1} is due"
             )
-        state = bytes(payload[DIGEST_BYTES:])
+        state = self._state_of(header, memoryview(payload)[DIGEST_BYTES:])
         pages = self._digest.pages
         digest = self._digest.finish(state)
         if digest != bytes(payload[:DIGEST_BYTES]) or pages != header.value:
@@ -242,6 +275,16 @@ class Receiver:
         self._applied += 1
         self._staging.adapt(used)
         faultpoint.reach("standby.applied")
+
+    def _state_of(self, header: Header, payload: memoryview) -> bytes:
+        if not header.flags & STATE_IS_DELTA:
+            return bytes(payload)
+        try:
+            return delta.decode_state(self.device_state, payload)
+        except ValueError as error:
+            raise exception.CheckpointCorrupt(
+                f"device state of checkpoint {header.epoch}: {error}"
+            ) from error
 
     def _apply(self) -> None:
         for slab, count in self._staged:

@@ -20,9 +20,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from nova_pmt.checkpoint.interfaces import PageNumbers, Pages
+from nova_pmt.replication import delta
+from nova_pmt.replication.delta import Base
 from nova_pmt.replication.link import Buffers, Link
-from nova_pmt.replication.protocol import Digest, Header, Type, disk_value
+from nova_pmt.replication.protocol import (
+    STATE_IS_DELTA,
+    Digest,
+    Header,
+    Type,
+    disk_value,
+)
+
+#: Pages of an epoch, or of the rest of one, for which deltas are worth looking for.
+DELTA_PAGES = 128
 
 
 class _PagesFrame:
@@ -33,17 +46,42 @@ class _PagesFrame:
         data: Pages,
         sent: Callable[[], None] | None,
         digest: Digest,
+        base: Base,
     ) -> None:
         self._epoch, self._numbers, self._data = epoch, numbers, data
-        self._sent, self._digest = sent, digest
+        self._sent, self._digest, self._base = sent, digest, base
 
     def begin(self) -> Buffers:
-        numbers = self._numbers.astype("<i8", copy=False).tobytes()
-        data = self._data.data.cast("B")
-        count = len(self._numbers)
-        self._digest.add_pages(numbers, data, count)
-        header = Header(Type.PAGES, len(numbers) + len(data), self._epoch, count)
-        return [memoryview(header.pack() + numbers), data]
+        numbers, data, base = self._numbers, self._data, self._base
+        if self._sent is not None or len(numbers) > DELTA_PAGES:
+            # Sent ahead of the pause these may be sent again, and then the standby does not have
+            # them in its image yet.
+            base.forget(numbers)
+            return self._whole(numbers, data)
+        known = base.known(numbers)
+        parts: Buffers = []
+        if known.any():
+            changes = base.encode(numbers[known], data[known])
+            if changes is None:
+                known[:] = False
+            else:
+                parts += self._delta(numbers[known], data[known], changes)
+        if not known.all():
+            parts += self._whole(numbers[~known], np.ascontiguousarray(data[~known]))
+        base.keep(numbers, data)
+        return parts
+
+    def _whole(self, numbers: PageNumbers, data: Pages) -> Buffers:
+        places, contents = numbers.astype("<i8", copy=False).tobytes(), data.data.cast("B")
+        self._digest.add_pages(places, contents, len(numbers))
+        header = Header(Type.PAGES, len(places) + len(contents), self._epoch, len(numbers))
+        return [memoryview(header.pack() + places), contents]
+
+    def _delta(self, numbers: PageNumbers, data: Pages, changes: bytes) -> Buffers:
+        places = numbers.astype("<i8", copy=False).tobytes()
+        self._digest.add_pages(places, data.data.cast("B"), len(numbers))
+        header = Header(Type.DELTA, len(changes), self._epoch, len(numbers))
+        return [memoryview(header.pack() + changes)]
 
     def sent(self) -> None:
         if self._sent is not None:
@@ -76,25 +114,33 @@ class _DiskFrame:
 
 
 class _CommitFrame:
-    def __init__(self, epoch: int, state: bytes, digest: Digest) -> None:
-        self._epoch, self._state, self._digest = epoch, state, digest
+    def __init__(self, epoch: int, before: bytes, state: bytes, digest: Digest) -> None:
+        self._epoch, self._before, self._state, self._digest = epoch, before, state, digest
 
     def begin(self) -> Buffers:
         pages = self._digest.pages
         digest = self._digest.finish(self._state)
-        header = Header(Type.COMMIT, len(digest) + len(self._state), self._epoch, pages)
-        return [memoryview(header.pack() + digest), memoryview(self._state)]
+        changes = delta.encode_state(self._before, self._state)
+        state = self._state if changes is None else changes
+        flags = 0 if changes is None else STATE_IS_DELTA
+        header = Header(Type.COMMIT, len(digest) + len(state), self._epoch, pages, flags)
+        return [memoryview(header.pack() + digest), memoryview(state)]
 
     def sent(self) -> None:
         """Nothing to do: the commit's answer counts, not its departure."""
 
 
 class Sender:
-    """See the module's text."""
+    """See the module's text.
 
-    def __init__(self, link: Link) -> None:
+    :param page_count: of the guest.
+    """
+
+    def __init__(self, link: Link, page_count: int) -> None:
         self._link = link
         self._digest = Digest()
+        self._base = Base(page_count)
+        self._state = b""
         self.hold = link.hold
         self.go_on = link.go_on
 
@@ -103,7 +149,7 @@ class Sender:
     ) -> None:
         """See the interface."""
         if len(numbers):
-            self._link.send(_PagesFrame(epoch, numbers, data, sent, self._digest))
+            self._link.send(_PagesFrame(epoch, numbers, data, sent, self._digest, self._base))
         elif sent is not None:
             sent()
 
@@ -122,4 +168,5 @@ class Sender:
 
     def send_commit(self, epoch: int, device_state: bytes) -> None:
         """See the interface."""
-        self._link.send(_CommitFrame(epoch, device_state, self._digest))
+        self._link.send(_CommitFrame(epoch, self._state, device_state, self._digest))
+        self._state = device_state

@@ -174,10 +174,14 @@ class Outputs:
         if status == "running":
             self._monitor.execute("stop")
         try:
-            if keep:
+            # A write that failed, and that QEMU told the guest of instead of repeating it, may be in
+            # the image or in the log alone.
+            failed = status != "io-error" and any(log.broken for log in self._installed)
+            if keep and not failed:
                 self._quietly("changes", lambda: keep_changes(self._installed, self._monitor))
             else:
                 self._quietly("changes", self.forget_changes)
+            if not keep:
                 self.forget_images()
             for disk_log in self._installed:
                 self._quietly("write log", disk_log.uninstall)

@@ -356,7 +356,7 @@ class Primary(Side):
         self._checkpointer = Checkpointer(
             memory,
             self._execution,
-            Sender(self._link),
+            Sender(self._link, memory.page_count),
             cache,
             logs=dict(outputs.logs),
             on_round=strategy.observe,

@@ -106,7 +106,7 @@ class Standby(Side):
     def buffers(self, header: Header) -> Buffers:
         """Where a payload goes."""
         assert self._receiver is not None
-        if header.type in (Type.PAGES, Type.BLOCK, Type.LOG):
+        if header.type in (Type.PAGES, Type.DELTA, Type.BLOCK, Type.LOG):
             return self._receiver.buffers(header)
         return [memoryview(bytearray(header.length))]
 
@@ -116,6 +116,8 @@ class Standby(Side):
         kind = header.type
         if kind is Type.PAGES:
             self._receiver.pages(header, payload)
+        elif kind is Type.DELTA:
+            self._receiver.delta(header, payload[0])
         elif kind in (Type.BLOCK, Type.LOG):
             self._receiver.disk(header, payload[0])
         elif kind is Type.COMMIT:

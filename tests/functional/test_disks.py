@@ -39,7 +39,7 @@ from tests.functional.pairs import WorkerPair, protect
 
 KIB, MIB = 1 << 10, 1 << 20
 IMAGES = "/var/lib/libvirt/images"
-QUIET = Workload(dirty_pages=50, dirty_ms=20)
+QUIET = Workload(dirty_pages=50, dirty_ms=20, buffer_mib=4)
 RECORDS = "/var/lib/nova_pmt/images"
 
 

@@ -19,18 +19,29 @@ image, and the logs of its writes, are on file systems that are easily filled.
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 
 from nova_pmt.exception import LabError
-from nova_pmt.lab import Disk, GuestSpec, Lab, LabHost, capture, deployment
-from tests.functional.pairs import WorkerPair, protect
-from tests.functional.test_disks import IMAGES, MIB, QUIET, Subject, processes, recover
+from nova_pmt.lab import Disk, GuestSpec, Lab, LabHost, Packet, capture, deployment
+from tests.functional.pairs import protect
+from tests.functional.test_disks import (
+    IMAGES,
+    MIB,
+    QUIET,
+    Subject,
+    copied_bytes,
+    processes,
+    recover,
+)
 
 SMALL = f"{IMAGES}/small"
 LOGS = "/run/logs"
@@ -165,20 +176,23 @@ def test_a_full_log_directory(lab: Lab, subject: Subject) -> None:
 def test_a_slow_link(lab: Lab, subject: Subject) -> None:
     """The log stays below its limit, since the guest is held back; and so it stays protected."""
     config = configured(lab, "little-log", LITTLE_LOG)
+    subject.guest.control("dirty 0 20")  # nothing but disk writes
     with protect(subject.guest, subject.there, config=config) as pair:
         pair.protected()
         before = pair.rounds(1)["throttled_rounds"]
         link = subject.here.link("repl")
-        link.limit(40)
+        link.limit(80)
         try:
             started = time.monotonic()
-            for _ in range(3):
-                write_load(subject)
-            assert time.monotonic() - started > 1.5  # 24 MiB, of which 16 may wait
+            for _ in range(4):
+                subject.guest.control(f"disk write seq 256 {LOAD // 256} vda")
+            took = time.monotonic() - started
             stats = pair.primary.wait_stats(lambda stats: stats["throttled_rounds"] > before)
         finally:
             link.unlimit()
-        assert stats["disks"][0]["log_peak_bytes"] < 17 * MIB
+            subject.guest.control(f"dirty {QUIET.dirty_pages} {QUIET.dirty_ms}")
+        assert took > 1.6  # 32 MiB, of which half may wait, at 10 MB/s
+        assert 8 * MIB < stats["disks"][0]["log_peak_bytes"] < 17 * MIB
         subject.settle(pair)
         pair.standby.close()
         pair.primary.state("primary_alone")
@@ -207,8 +221,7 @@ def test_no_space_for_the_standbys_image(subject: Subject) -> None:
 
 def test_no_space_for_the_primarys_image(subject: Subject) -> None:
     """The guest stops, and goes on when its operator says so: as one that nobody protects."""
-    with under_way(lambda: _fill_and_resume(subject, lambda: None)):
-        pass
+    _fill_and_resume(subject, lambda: None)
     with protect(subject.guest, subject.there) as pair:
         pair.protected()
 
@@ -244,3 +257,152 @@ def test_the_standbys_storage_daemon_is_killed(subject: Subject) -> None:
         pair.primary.state("primary_alone")
         pair.standby.state("cancelled")
     goes_on(subject)
+
+
+def qmp(subject: Subject, command: str, **arguments: object) -> Any:
+    """Ask QEMU behind everybody's back."""
+    line = json.dumps({"execute": command, "arguments": arguments})
+    text = subject.here.run(["virsh", "qemu-monitor-command", subject.guest.name, line]).stdout
+    return json.loads(text)["return"]
+
+
+@contextlib.contextmanager
+def failing_image(subject: Subject) -> Iterator[None]:
+    """Every write to the image of the guest's disk fails, below all that knows of it."""
+    nodes = qmp(subject, "query-named-block-nodes", flat=True)
+    image = next(node["node-name"] for node in nodes if node["drv"] == "qcow2")
+    file = next(node["node-name"] for node in nodes if node["file"].endswith("a.qcow2")
+                and node["drv"] == "file")  # fmt: skip
+
+    def work_on(node: str) -> None:
+        options = {"node-name": image, "driver": "qcow2", "discard": "unmap", "file": node}
+        cache = {"direct": True, "no-flush": False}
+        qmp(subject, "blockdev-reopen", options=[{**options, "cache": cache}])
+
+    error = {"event": "none", "iotype": "write", "errno": errno.EIO}
+    faulty = {"node-name": "faulty", "driver": "blkdebug", "inject-error": [error]}
+    qmp(subject, "blockdev-add", image=file, **faulty)
+    work_on("faulty")
+    try:
+        yield
+    finally:
+        work_on(file)
+        qmp(subject, "blockdev-del", **{"node-name": "faulty"})
+
+
+def test_an_io_error_of_the_primarys_image(subject: Subject) -> None:
+    """The guest is told, as one that nobody protects; all is copied again, since it cannot be
+    known what of the write is where."""
+    write_load(subject)
+    with failing_image(subject), pytest.raises(LabError, match="Input/output error"):
+        subject.guest.control("disk write seq 4 8 vda")
+    with protect(subject.guest, subject.there) as pair:
+        pair.protected()
+        full = copied_bytes(pair)
+        with failing_image(subject):
+            with pytest.raises(LabError, match="Input/output error"):
+                subject.guest.control("disk write seq 4 8 vda")
+            error = pair.primary.error()
+            assert error["code"] == "OUTPUT_BUFFER_BROKEN"
+            assert "Input/output error" in error["message"]
+            pair.primary.state("primary_alone")
+            pair.standby.state("cancelled")
+    with protect(subject.guest, subject.there) as pair:
+        pair.protected()
+        assert copied_bytes(pair) >= full > 0
+        pair.standby.close()
+        pair.primary.state("primary_alone")
+    goes_on(subject)
+
+
+def test_devices_that_are_plugged_in_and_out(subject: Subject) -> None:
+    """Protection ends with each change, and the next one covers what there is then."""
+    guest, here = subject.guest, subject.here
+    mac, path = "52:54:00:77:00:01", f"{IMAGES}/plugged.qcow2"
+    here.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "56M"])
+    disk = ["--driver", "qemu", "--subdriver", "qcow2", "--cache", "none", "--live"]
+    nic = ["bridge", "br-data", "--mac", mac, "--model", "virtio", "--live"]
+    nics, disks = {guest.spec.mac}, {"vda"}
+    for command, change in (
+        (["attach-interface", guest.name, *nic], lambda: nics.add(mac)),
+        (["attach-disk", guest.name, path, "vdb", *disk], lambda: disks.add("vdb")),
+        (["detach-disk", guest.name, "vdb", "--live"], lambda: disks.remove("vdb")),
+        (["detach-interface", guest.name, "bridge", "--mac", mac, "--live"],
+         lambda: nics.remove(mac)),
+    ):  # fmt: skip
+        with protect(guest, subject.there) as pair:
+            stats = pair.protected().rounds(1)
+            assert {entry["mac"] for entry in stats["network"]} == nics
+            assert {entry["disk"] for entry in stats["disks"]} == disks
+            subject.request(3)
+            here.run(["virsh", *command])
+            assert pair.primary.error()["code"] == "DEVICES_CHANGED"
+            pair.primary.state("primary_alone")
+            pair.standby.state("cancelled")
+            change()
+        subject.request(3)
+        if "vdb" in disks:
+            eventually(lambda: _can_write(subject, "vdb"))
+    goes_on(subject)
+
+
+def _can_write(subject: Subject, disk: str) -> bool:
+    with contextlib.suppress(LabError):
+        return subject.guest.control(f"disk write seq 4 8 {disk}").startswith("ok")
+    return False
+
+
+def test_a_full_egress_buffer(lab: Lab, subject: Subject) -> None:
+    """What is too much is dropped, as a full switch would, and connections live on."""
+    config = configured(lab, "little-buffer", LITTLE_BUFFER)
+    with protect(subject.guest, subject.there, config=config) as pair:
+        pair.protected()
+        subject.guest.control("packets 0 1000 1514 0 9")
+        try:
+            stats = pair.primary.wait_stats(lambda stats: stats["network"][0]["dropped_packets"])
+            subject.request()
+        finally:
+            subject.guest.control("packets stop")
+        assert stats["network"][0]["peak_bytes"] < MIB + 80_000
+        subject.request()
+        pair.primary.command("unprotect")
+        pair.primary.state("unprotected")
+        pair.standby.state("cancelled")
+    assert subject.client.verify() == len(subject.client.answered)
+
+
+def test_a_dead_workers_tap_is_closed_until_it_is_decided(lab: Lab, subject: Subject) -> None:
+    """Nothing that the guest sends then is seen, and what it was told before it answers still."""
+    config = configured(lab, "patient", PATIENT)
+    for winner in ("primary", "standby"):
+        with (
+            protect(subject.guest, subject.there, config=config) as pair,
+            capture(lab.ctl, f"data{subject.here.index}") as seen,
+        ):
+            pair.protected().rounds(5)
+            subject.guest.control("packets 0 100 100 2000 9")
+            subject.request()
+            pair.primary.kill()
+            killed = time.monotonic()
+            time.sleep(1.0)
+            if winner == "primary":
+                subject.claim(pair)
+                decided = time.monotonic()
+                recover(subject.guest)
+                pair.standby.state("cancelled")
+            else:
+                pair.standby.state("standby_active")
+                decided = time.monotonic()
+                subject.here.run(["virsh", "destroy", subject.guest.name])
+                subject.moved()
+            subject.request()
+            packets = [packet for packet in seen.packets() if sent_by(packet, subject)]
+        assert [packet for packet in packets if packet.at < killed]
+        assert not [packet for packet in packets if killed + 0.1 < packet.at < decided]
+        assert subject.client.verify() == len(subject.client.answered)
+        subject.guest.control("packets stop")
+    goes_on(subject)
+
+
+def sent_by(packet: Packet, subject: Subject) -> bool:
+    return packet.data[6:12] == bytes.fromhex(subject.guest.spec.mac.replace(":", ""))

@@ -38,11 +38,22 @@ STATS = {
         "pages": {"p50": 1000, "last": 900, "in_pause_p50": 20},
         "bytes_per_s": 80e6, "sent_bytes": 9e6, "commit_ms": {"p50": 4.0, "p99": 9.0},
         "cache": {"used_mib": 4.0, "backed_mib": 8.0, "peak_mib": 8.0, "limit_mib": 512},
-        "last_commit_age_ms": 31.0, "guest_running": True, "output_commit": False, "disks": [],
+        "last_commit_age_ms": 31.0, "guest_running": True, "output_commit": True,
+        "output_delay_ms": {"p50": 7.25, "p99": 19.0, "max": 21.0, "mean": 8.0},
+        "log_bytes_total": 5 << 20,
+        "network": [
+            {"nic": "net0", "mac": "52:54:00:00:00:0a", "buffer": "redirector",
+             "held_bytes": 1 << 19, "peak_bytes": 3 << 20, "limit_bytes": 64 << 20,
+             "dropped_packets": 0, "released_bytes": 7 << 20},
+        ],
+        "disks": [
+            {"disk": "vda", "log_bytes": 1 << 18, "log_peak_bytes": 2 << 20,
+             "written_bytes": 5 << 20},
+        ],
     },
     "standby": {
         "committed": 11, "received_bytes": 9 << 20, "apply_ms": {"p50": 1.0, "p99": 2.0},
-        "staging_mib": 3.0,
+        "staging_mib": 3.0, "disks": 1, "disk_bytes_applied": 5 << 20,
     },
 }  # fmt: skip
 

@@ -37,10 +37,12 @@ from nova_pmt.agent.rpcapi import AgentAPI
 from nova_pmt.agent.service import AgentService
 from nova_pmt.agent.supervisor import Supervisor
 from nova_pmt.arbiter.file import FileArbiter
+from nova_pmt.guest.disk.spec import DiskSpec
 from nova_pmt.messaging import oslo_messaging
 
 UUID = "5d6c0c3e-5a1b-4c7d-9a53-0123456789ab"
 NAME = "web1"
+DISK = DiskSpec("vda", "raw", "/vda.raw", 1 << 30).to_dict()
 FAST = Timing(
     resync_s=0.05,
     resync_max_s=0.2,
@@ -77,6 +79,8 @@ class FakeHost:
         self.warnings: list[str] = []
         self.broken: exception.PmtError | None = None
         self.loaded = True  # a standby whose worker died had loaded its state
+        self.disks: list[dict[str, Any]] = [dict(DISK)]
+        self.checked_disks: list[list[dict[str, Any]]] = []  # as a standby
         self.calls: list[tuple[str, str]] = []
 
     def define(self, uuid: str = UUID, name: str = NAME, state: str = "running") -> None:
@@ -106,11 +110,13 @@ class FakeHost:
         return list(self.refusals), list(self.warnings)
 
     def describe(self, uuid: str) -> GuestDescription:
-        return GuestDescription("<domain/>", [{"name": "pc.ram", "size": 1 << 27}], 1 << 27)
+        layout = [{"name": "pc.ram", "size": 1 << 27}]
+        return GuestDescription("<domain/>", layout, 1 << 27, self.disks)
 
     def check_standby(
         self, uuid: str, memory_bytes: int, disks: list[dict[str, Any]]
     ) -> list[exception.Refusal]:
+        self.checked_disks.append(disks)
         return list(self.standby_refusals)
 
     def is_running(self, uuid: str) -> bool:

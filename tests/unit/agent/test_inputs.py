@@ -20,7 +20,11 @@ import pytest
 
 from nova_pmt.agent import inputs
 from nova_pmt.exception import InvalidInput
-from tests.unit.agent.rig import UUID, Rig
+from tests.unit.agent.rig import DISK, NAME, UUID, Rig
+
+PAIR = {
+    "uuid": UUID, "name": NAME, "generation": 1, "primary_host": "b", "standby_host": "a",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("value", ["web1", "instance-00000001", "ü name", UUID, "a" * 255])
@@ -106,6 +110,97 @@ def test_layouts_are_lists_of_blocks(value: Any) -> None:
         inputs.layout(value)
 
 
+def disk(**changes: Any) -> dict[str, Any]:
+    return {**DISK, **changes}
+
+
+@pytest.mark.parametrize("value", [None, []])
+def test_a_guest_may_have_no_disks(value: Any) -> None:
+    assert inputs.disks(value) == []
+
+
+def test_disks_are_taken_as_they_are_and_in_their_order() -> None:
+    given = [
+        disk(),
+        disk(name="sda", path="/b c.qcow2", format="qcow2", size=512, cluster_bytes=65536),
+        disk(name="hda", path="/c", readonly=True, size=1 << 60),
+    ]
+    assert inputs.disks(given) == given
+    without = {key: value for key, value in DISK.items() if key != "readonly"}
+    assert inputs.disks([without]) == [DISK]
+    many = [disk(name=f"vd{n}", path=f"/{n}") for n in range(inputs.MAX_DISKS)]
+    assert inputs.disks(many) == many
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        "vda",
+        7,
+        [7],
+        ["vda"],
+        [None],
+        [{}],
+        [[]],
+        [disk(surprise=1)],
+        [{**disk(), 7: 7}],
+        [disk(name=None)],
+        [disk(name=7)],
+        [disk(path="vda.raw")],
+        [disk(path="")],
+        [disk(path=None)],
+        [disk(path=["/a"])],
+        [disk(format="vmdk")],
+        [disk(format=["raw"])],
+        [disk(size=0)],
+        [disk(size=-512)],
+        [disk(size=(1 << 60) + 1)],
+        [disk(size="512")],
+        [disk(size=512.0)],
+        [disk(size=None)],
+        [disk(cluster_bytes=1000)],
+        [disk(cluster_bytes=1 << 30)],
+        [disk(cluster_bytes=None)],
+        [disk(readonly="no")],
+        [disk(readonly=None)],
+        [disk(), disk()],
+        [disk(), disk(path="/other")],
+        [disk(), disk(name="vdb")],
+        [disk(name=f"vd{n}", path=f"/{n}") for n in range(inputs.MAX_DISKS + 1)],
+    ],
+)
+def test_other_disks_are_refused(value: Any) -> None:
+    with pytest.raises(InvalidInput):
+        inputs.disks(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        disk(path="/a\0b"),
+        disk(path="/a\nb"),
+        disk(path="/" + "a" * 5000),
+        disk(name=""),
+        disk(name="a" * 5000),
+        disk(name="v/da"),
+        disk(name="vd\x1b[2Ja"),
+        disk(size=True),
+    ],
+    ids=["NUL", "newline", "long path", "no name", "long name", "slash", "escape", "bool"],
+)
+def test_names_and_paths_of_disks_are_bounded_and_clean(value: Any) -> None:
+    """They go to files, terminals and logs; a path with a NUL is no typed error otherwise."""
+    with pytest.raises(InvalidInput):
+        inputs.disks([value])
+
+
+def test_a_refusal_does_not_repeat_what_was_sent_at_length() -> None:
+    with pytest.raises(InvalidInput) as refused:
+        inputs.disks([disk(format="x" * 100_000)])
+    assert len(refused.value.message) < 2000
+
+
 @pytest.mark.parametrize("value", ["", "x" * ((1 << 20) + 1), None, 7])
 def test_the_xml_is_bounded(value: Any) -> None:
     with pytest.raises(InvalidInput):
@@ -127,6 +222,10 @@ def test_the_xml_is_bounded(value: Any) -> None:
         ("release_standby", {"uuid": UUID, "generation": "1"}),
         ("prepare_standby", {"pair": 7, "domain_xml": "<domain/>", "layout": [{}]}),
         ("prepare_standby", {"pair": {}, "domain_xml": "<domain/>", "layout": [{}]}),
+        ("prepare_standby", {"pair": PAIR, "domain_xml": "<domain/>", "layout": [{}],
+                             "disks": [{"name": "vda"}]}),
+        ("check_standby", {"uuid": UUID, "memory_bytes": 1, "arbiter_token": "t",
+                           "primary_host": "a", "disks": ["vda"]}),
         ("check_standby", {"uuid": UUID, "memory_bytes": -1, "arbiter_token": "t",
                            "primary_host": "a"}),
     ],

@@ -20,7 +20,7 @@ from dataclasses import replace
 import pytest
 
 from nova_pmt import exception
-from tests.unit.agent.rig import UUID, Rig, eventually
+from tests.unit.agent.rig import DISK, UUID, Rig, eventually
 
 
 def test_protect_starts_a_standby_and_then_a_primary_that_knows_where_it_listens(rig: Rig) -> None:
@@ -31,6 +31,29 @@ def test_protect_starts_a_standby_and_then_a_primary_that_knows_where_it_listens
     assert rig.a.spec("primary")["options"] == {"interval_ms": 20, "max_pause_ms": 2.5}
     assert rig.b.spec("standby")["domain_xml"] == "<domain/>"
     assert rig.a.spec("primary")["pair"] == rig.b.spec("standby")["pair"]
+
+
+def test_the_standby_is_asked_about_and_told_of_the_disks(rig: Rig) -> None:
+    other = {**DISK, "name": "vdb", "path": "/vdb.qcow2", "format": "qcow2", "readonly": True}
+    rig.a.host.disks = [dict(DISK), other]
+    rig.protect()
+    assert rig.b.host.checked_disks == [[DISK, other]]
+    assert rig.b.spec("standby")["disks"] == [DISK, other]
+
+
+def test_a_guest_without_disks_needs_none(rig: Rig) -> None:
+    rig.a.host.disks = []
+    rig.protect()
+    assert rig.b.host.checked_disks == [[]]
+    assert rig.b.spec("standby")["disks"] == []
+
+
+def test_a_standby_host_that_cannot_take_the_disks_is_refused(rig: Rig) -> None:
+    rig.b.host.standby_refusals = [exception.TooLittleDisk("4 GiB are missing")]
+    with pytest.raises(exception.TooLittleDisk):
+        rig.protect()
+    assert rig.a.state() is None
+    assert rig.a.recorder.events == rig.b.recorder.events == []
 
 
 def test_generations_grow_with_the_time_so_that_they_grow_across_hosts(rig: Rig) -> None:

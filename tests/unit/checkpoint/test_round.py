@@ -195,7 +195,7 @@ def calls_of(scenario: Callable[[World], object]) -> list[str]:
 
 
 def prepared() -> World:
-    world = World(PAGES, 10, chaos=0.05, seed=7)
+    world = World(PAGES, 10, chaos=0.05, seed=7, disk_sectors=(24,))
     world.guest.write(range(60))
     world.synchronise()
     world.guest.write(range(30, 100))
@@ -495,7 +495,7 @@ def test_an_empty_guest_is_synchronised_at_once() -> None:
 
 @pytest.mark.parametrize("passes", [0, 2])
 def test_cache_is_small_again_thirty_rounds_after_a_burst(passes: int) -> None:
-    world = World(2600, 10, cache_slabs=400, staging_slabs=400)
+    world = World(2600, 10, cache_slabs=400, staging_slabs=400, disk_sectors=())
     world.synchronise()
     world.guest.write(range(2500))  # 157 slabs of 16 pages; as 40,000 pages are of real ones
     world.round(passes)

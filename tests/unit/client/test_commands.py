@@ -197,11 +197,20 @@ def test_status_for_programs_keeps_its_schema(rig: Rig, nova_pmt: Run) -> None:
     primary, standby = ran.json["pairs"]
     assert set(primary) >= PAIR_KEYS
     assert (primary["role"], standby["role"]) == ("primary", "standby")
-    assert (primary["state"], primary["output_commit"]) == ("protected", False)
+    assert (primary["state"], primary["output_commit"]) == ("protected", True)
     assert primary["stats"]["pause_ms"] == {
         "p50": 1.5, "p99": 2.5, "max": 3.0, "mean": 1.6, "last": 1.4
     }  # fmt: skip
     assert standby["stats"]["staging_mib"] == 3.0
+    assert (standby["stats"]["disks"], standby["stats"]["disk_bytes_applied"]) == (1, 5 << 20)
+    stats = primary["stats"]
+    assert stats["output_delay_ms"]["p99"] == 19.0
+    (nic,), (disk,) = stats["network"], stats["disks"]
+    assert set(nic) >= {
+        "nic", "mac", "buffer", "held_bytes", "peak_bytes", "limit_bytes", "dropped_packets",
+        "released_bytes",
+    }  # fmt: skip
+    assert set(disk) >= {"disk", "log_bytes", "log_peak_bytes", "written_bytes"}
 
 
 def test_status_for_people(rig: Rig, nova_pmt: Run) -> None:
@@ -210,7 +219,11 @@ def test_status_for_people(rig: Rig, nova_pmt: Run) -> None:
     out = " ".join(nova_pmt("status", NAME).out.split())
     for text in (
         f"server {NAME} ({UUID})",
-        "output commit no",
+        "output commit yes",
+        "output delay ms p50/p99 7.2/19.0",
+        "nic 52:54:00:00:00:0a redirector, holds 0.50 of 64 MiB (peak 3.00)",
+        "disk vda log 0.25 MiB (peak 2.00), 5.0 MiB replicated",
+        "written to disks MiB 5.0",
         "pause ms p50/p99/max 1.50/2.50/3.0",
         "cache MiB used/backed/limit 4.0/8.0/512",
         "MB/s 80.0",
@@ -251,11 +264,16 @@ def test_top_shows_one_line_for_each_primary(rig: Rig, nova_pmt: Run) -> None:
     assert ran.status == 0
     head, line = ran.out.splitlines()
     assert "PAUSE ms p50" in head
+    assert "DELAY ms" in head
     assert line.split() == [
-        NAME, "a", "b", "protected", "12", "1.50", "2.50", "1000", "80.0", "4.0/512", "1", "31"
+        NAME, "a", "b", "protected", "12", "1.50", "2.50", "7.2", "1000", "80.0", "4.0/512", "1",
+        "31",
     ]  # fmt: skip
     rows = nova_pmt("top", "-n", "1", "-f", "json").json["pairs"]
     assert rows[0]["stats"]["in_flight"] == 1
+    assert rows[0]["stats"]["output_delay_ms"]["p50"] == 7.25
+    assert rows[0]["stats"]["network"][0]["held_bytes"] == 1 << 19
+    assert rows[0]["stats"]["disks"][0]["disk"] == "vda"
 
 
 def test_failover_tells_where_the_server_runs(rig: Rig, nova_pmt: Run) -> None:

@@ -89,7 +89,7 @@ class FakeStandby:
         self.images_at_acknowledge.append(self.image.writes)
 
     def buffers(self, header: Header) -> Buffers:
-        if header.type in (Type.PAGES, Type.BLOCK, Type.LOG):
+        if header.type in (Type.PAGES, Type.DELTA, Type.BLOCK, Type.LOG):
             return self.receiver.buffers(header)
         return [memoryview(bytearray(header.length))]
 
@@ -97,6 +97,8 @@ class FakeStandby:
         self.frames.append(header)
         if header.type is Type.PAGES:
             self.receiver.pages(header, payload)
+        elif header.type is Type.DELTA:
+            self.receiver.delta(header, payload[0])
         elif header.type in (Type.BLOCK, Type.LOG):
             self.receiver.disk(header, payload[0])
         elif header.type is Type.COMMIT:

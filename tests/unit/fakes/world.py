@@ -119,7 +119,7 @@ class World:
             disk.write(0, len(disk.data) // SECTOR // 2)
         self.written = [disk for number, disk in enumerate(self.disks) if number not in readonly]
         self.guest.on_pause = self._on_pause
-        self.sender = Sink(self.link, self.faults)
+        self.sender = Sink(self.link, page_count, self.faults)
         self.cache = SlabCache(cache_slabs * slab_cache.SLAB_BYTES)
         self.records: list[RoundRecord] = []
         self.checkpointer = PacedCheckpointer(
@@ -295,8 +295,8 @@ class World:
 class Sink(Sender):
     """The real sender, which also sees that nothing is sent twice that need not be."""
 
-    def __init__(self, link: FakeLink, faults: Faults) -> None:
-        super().__init__(link)  # type: ignore[arg-type]
+    def __init__(self, link: FakeLink, page_count: int, faults: Faults) -> None:
+        super().__init__(link, page_count)  # type: ignore[arg-type]
         self._faults = faults
         self._hold, self._go_on = link.hold, link.go_on
         self.hold, self.go_on = self._held, self._released

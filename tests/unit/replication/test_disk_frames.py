@@ -39,7 +39,7 @@ class Stream:
         self.epoch = epoch
         self.frames: list[bytearray] = []
         self._link = FakeLink(self._collect)
-        self._sender = Sender(self._link)  # type: ignore[arg-type]
+        self._sender = Sender(self._link, 1 << 16)  # type: ignore[arg-type]
 
     def _collect(self, data: memoryview) -> None:
         self.frames[-1].extend(data)
@@ -169,7 +169,7 @@ def test_logs_of_several_disks_do_not_mix_though_their_parts_do(standby: FakeSta
     assert standby.images.data[1][: 4 * SECTOR] == fill("2", 4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 1), st.integers(0, 15), st.integers(1, 6), st.booleans()),
@@ -226,7 +226,7 @@ def test_the_status_tells_of_disks(standby: FakeStandby) -> None:
 # -- what is not ------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 3), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
 def test_a_flipped_bit_anywhere_in_a_log_is_found(which: int, where: float, bit: int) -> None:
     standby = fresh()

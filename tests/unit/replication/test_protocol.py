@@ -64,6 +64,8 @@ def headers(draw: st.DrawFn, max_length: int = 1 << 32) -> Header:
         length = max(length, DIGEST_BYTES)
     elif kind in (Type.BLOCK, Type.LOG):
         length = max(length, 1)
+    elif kind is Type.DELTA:
+        value = draw(st.integers(1, MAX_PAGES))
     return Header(kind, length, draw(st.integers(0, 2**64 - 1)), value)
 
 

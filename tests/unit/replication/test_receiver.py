@@ -46,7 +46,7 @@ def frames(epoch: int, parts: list[list[int]], seed: int = 1, state: bytes = b""
         made[-1].extend(data)
 
     link = FakeLink(collect)
-    sender = Sender(link)  # type: ignore[arg-type]
+    sender = Sender(link, 1 << 16)  # type: ignore[arg-type]
     for numbers in parts:
         sender.send_pages(epoch, np.array(numbers, np.int64), contents(numbers, seed), None)
     sender.send_commit(epoch, state or device_state(epoch))
@@ -130,7 +130,7 @@ def test_checkpoint_one_is_written_as_it_comes_so_that_any_size_fits() -> None:
 def test_of_a_page_that_comes_twice_the_last_copy_counts(standby: FakeStandby) -> None:
     link_frames: list[bytes] = []
     link = FakeLink(lambda data: link_frames.append(bytes(data)))
-    sender = Sender(link)  # type: ignore[arg-type]
+    sender = Sender(link, 1 << 16)  # type: ignore[arg-type]
     numbers = np.array([4, 5, 6], np.int64)
     sender.send_pages(2, numbers, contents([4, 5, 6], 50), None)
     sender.send_pages(2, numbers[1:], contents([5, 6], 60), None)
@@ -153,10 +153,10 @@ def test_an_empty_checkpoint_still_counts(standby: FakeStandby) -> None:
 def test_sending_no_pages_calls_back_at_once() -> None:
     called = []
     link = FakeLink(lambda _data: None)
-    Sender(link).send_pages(  # type: ignore[arg-type]
+    Sender(link, 1 << 16).send_pages(  # type: ignore[arg-type]
         1, np.zeros(0, np.int64), np.zeros((0, 4096), np.uint8), lambda: called.append(1)
     )
-    Sender(link).send_pages(  # type: ignore[arg-type]
+    Sender(link, 1 << 16).send_pages(  # type: ignore[arg-type]
         1, np.zeros(0, np.int64), np.zeros((0, 4096), np.uint8), None
     )
     assert called == [1] and link.idle
@@ -175,7 +175,7 @@ def test_staging_follows_the_size_of_checkpoints(standby: FakeStandby) -> None:
 # -- what is not whole ------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
 def test_a_flipped_bit_anywhere_in_a_payload_is_found(which: int, where: float, bit: int) -> None:
     standby = FakeStandby(two_blocks(PAGES, SIDE), 16 * SLAB_BYTES)
@@ -277,7 +277,7 @@ def test_what_is_sent_again_and_again_does_not_fill_the_staging(
     expected = standby.image.contents().copy()
     stream: list[bytes] = []
     link = FakeLink(lambda data: stream.append(bytes(data)))
-    sender = Sender(link)  # type: ignore[arg-type]
+    sender = Sender(link, 1 << 16)  # type: ignore[arg-type]
     for turn, (first, count) in enumerate(spills):
         numbers = list(range(first, min(600, first + count)))
         data = contents(numbers, turn * 3)

@@ -180,7 +180,7 @@ def test_broken_attributes_end_the_list() -> None:
         ("vnet0", "pmt-vnet0"),
         ("tap12345678-90", "pmt12345678-90"),
         ("tap123456789abc", "pmt123456789abc"),
-        ("a-long-tap-name", "pmt_b3a5ce9bb7"),
+        ("a-long-tap-name", "pmt_2f07e82a23"),
     ],
 )
 def test_each_tap_has_an_ifb_of_its_own_name(tap: str, ifb: str) -> None:
