@@ -17,6 +17,11 @@ after the other. The mean of the two outer ones is what the protected one is com
 their ratio tells how much the machine drifted meanwhile. Protected anew for each load, so that the
 rounds' statistics are that load's.
 
+A machine that plays both hosts writes everything twice to one disk and does all the work of both
+on its few processors, so that without limits the ratio of throughputs tells of that machine. Limits
+like those of a flavor (``quota:disk_write_bytes_sec``, ``quota:vif_outbound_average``) make it tell
+of protection; the report shows which there were.
+
 What a request waits for is the end of its epoch and the commit: at most one interval and a pause,
 and what it takes to send a checkpoint. :data:`ALLOWANCE_MS` is for the latter.
 """
@@ -24,8 +29,10 @@ and what it takes to send a checkpoint. :data:`ALLOWANCE_MS` is for the latter.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import libvirt
 
 from nova_pmt.bench import loads
 from nova_pmt.bench.cpu import Usage
@@ -56,6 +63,29 @@ class Load:
     name: str
     run: Run
     is_latency: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the guest may use at most; 0: no limit.
+
+    :param disk_mb_s: of writes, for each disk.
+    :param network_mbit: of the host's link to the guests' network, both ways.
+    """
+
+    disk_mb_s: int = 0
+    network_mbit: int = 0
+
+    def apply(self, guest: LabGuest) -> None:
+        """To a running guest."""
+        if self.disk_mb_s:
+            with guest.host.libvirt() as connection:
+                domain = connection.lookupByUUIDString(guest.uuid)
+                for name in guest.spec.disk_names:
+                    limit = {"write_bytes_sec": int(self.disk_mb_s * loads.MB)}
+                    domain.setBlockIoTune(name, limit, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        if self.network_mbit:
+            guest.host.link("data").limit(self.network_mbit)
 
 
 @dataclass
@@ -187,7 +217,12 @@ def fill(guest: LabGuest) -> None:
 
 
 def run(
-    *, seconds: float, interval_ms: float, memory_mib: int, report: Report
+    *,
+    seconds: float,
+    interval_ms: float,
+    memory_mib: int,
+    report: Report,
+    limits: Limits = Limits(),
 ) -> list[dict[str, Any]]:
     """Measure. Returns a row for each load.
 
@@ -198,6 +233,7 @@ def run(
         deployment.configure(lab)
         guest = lab.computes[0].boot(spec(memory_mib)).wait_ready(120)
         fill(guest)
+        limits.apply(guest)
         rows = []
         for number, load in enumerate(LOADS):
             report.progress("loads", number, len(LOADS))
@@ -205,4 +241,5 @@ def run(
                 measure(guest, lab.computes[1], load, seconds=seconds, interval_ms=interval_ms)
             )
         report.progress("loads", len(LOADS), len(LOADS))
-    return [{**one, "memory_mib": memory_mib, "vcpus": 1} for one in rows]
+    facts = {"memory_mib": memory_mib, "vcpus": guest.spec.vcpus, **asdict(limits)}
+    return [{**one, **facts} for one in rows]

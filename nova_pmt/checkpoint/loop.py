@@ -20,17 +20,15 @@ from collections.abc import Callable, Sequence
 
 from nova_pmt import exception, faultpoint
 from nova_pmt.checkpoint.interfaces import GuestExecution, OutputBuffer
-from nova_pmt.checkpoint.round import Checkpointer
+from nova_pmt.checkpoint.round import PRESSURE_POLL_S, Checkpointer
 from nova_pmt.checkpoint.strategies.base import Strategy
 
 #: How often a guest that its operator paused is looked at.
 PAUSED_POLL_S = 0.1
 #: Young objects are collected this often, between rounds; never by chance in a pause.
 COLLECT_EVERY = 64
-#: How often, in seconds, held output is looked at; full to this degree it ends the wait for the
-#: next round, and to that degree it stops the guest until a commit has made room.
-PRESSURE_POLL_S = 0.01
-EARLY_PRESSURE, STOP_PRESSURE = 0.5, 0.9
+#: Output that is held to this degree ends the wait for the next round.
+EARLY_PRESSURE = 0.5
 #: Passes of a planned switchover end when one finds no more than this.
 SWITCHOVER_GOAL_PAGES = 256
 SWITCHOVER_MAX_PASSES = 8
@@ -108,25 +106,13 @@ class Loop:
         """``throttle``: too much is in flight, or the cache is at its limit."""
         checkpointer = self.checkpointer
         checkpointer.pump()
-        held = stopped = False
-        try:
+        held = False
+        with checkpointer.waiting() as wait:
             while not self._ending and (
                 checkpointer.in_flight >= self._depth or not checkpointer.has_room()
             ):
-                held = True
-                checkpointer.throttled = True
-                if not checkpointer.has_outputs:
-                    checkpointer.pump(1.0)
-                    continue
-                if checkpointer.pressure() >= STOP_PRESSURE and not stopped:
-                    # Its disks outrun the link: the guest has to wait for it.
-                    stopped = self._execution.running()
-                    if stopped:
-                        self._execution.hold()
-                checkpointer.pump(PRESSURE_POLL_S)
-        finally:
-            if stopped:
-                self._execution.resume()
+                held = checkpointer.throttled = True
+                wait(1.0)
         if held:
             checkpointer.statistics.throttled_rounds += 1
         else:
@@ -135,8 +121,8 @@ class Loop:
     def _may_run(self) -> bool:
         """False while the guest's operator has paused it: our ``cont`` would undo that."""
         running = self._execution.running()
+        self.checkpointer.pressure()  # a log of ours that failed may have stopped it
         if not running:
-            self.checkpointer.pressure()  # it may be a log of ours that failed
             self.checkpointer.pump(PAUSED_POLL_S)
         self.guest_running = running
         return running

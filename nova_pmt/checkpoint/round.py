@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,10 @@ MAX_DEFERRALS = 3
 DISK_WINDOW_BYTES = 32 << 20
 #: How full logs may be before the first synchronisation sends what they have.
 SYNC_LOG_PRESSURE = 0.2
+#: How often, in seconds, held output is looked at in a wait; full to the one degree it stops the
+#: guest until the wait is over or it is below the other.
+PRESSURE_POLL_S = 0.01
+STOP_PRESSURE, GO_PRESSURE = 0.9, 0.5
 #: Number under which logs are cut in the first synchronisation.
 SYNC_EPOCH = 0
 #: The first synchronisation ends when a pass finds no more than this, or does not get better.
@@ -238,6 +242,43 @@ class Checkpointer:
             highest = max(highest, output.pressure)
         return highest
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[Callable[[float], None]]:
+        """For waits on the link: brings :meth:`pump`, which stops the guest while its output
+        presses, since only the link can relieve it. The guest runs on when the wait is over.
+        """
+        stopped = False
+
+        def wait(timeout_s: float) -> None:
+            nonlocal stopped
+            if not self._outputs:
+                self.pump(timeout_s)
+                return
+            pressure = self.pressure()
+            if not stopped and pressure >= STOP_PRESSURE and self._execution.running():
+                stopped = True
+                self._execution.hold()
+            elif stopped and pressure < GO_PRESSURE:
+                stopped = False
+                self._let_run()
+            self.pump(min(timeout_s, PRESSURE_POLL_S))
+
+        try:
+            yield wait
+        finally:
+            if stopped:
+                self._let_run()
+
+    def _let_run(self) -> None:
+        """Let a guest run on that we stopped; told twice, for nothing is worse than one that
+        stays stopped."""
+        try:
+            self._execution.resume()
+        except BaseException:
+            with contextlib.suppress(exception.GuestError):
+                self._execution.resume()
+            raise
+
     # -- disks, before the first checkpoint ---------------------------------------------
 
     def copy_disks(
@@ -280,8 +321,9 @@ class Checkpointer:
 
     def _await_queue(self) -> None:
         self.pump()
-        while self._queued_bytes > DISK_WINDOW_BYTES:
-            self.pump(1.0)
+        with self.waiting() as wait:
+            while self._queued_bytes > DISK_WINDOW_BYTES:
+                wait(1.0)
 
     def _relieve_logs(self) -> None:
         """Send what the logs have ahead of checkpoint 1, when they have much."""
@@ -294,14 +336,14 @@ class Checkpointer:
         Only of a guest that stands still a log is known to end with a whole entry.
         """
         running = self._execution.running()
-        if running:
-            self._execution.hold()
         try:
+            if running:
+                self._execution.hold()
             for log in self._logs.values():
                 log.cut(SYNC_EPOCH)
         finally:
             if running:
-                self._execution.resume()
+                self._let_run()
         self._send_logs(SYNC_EPOCH, 1, windowed=True)
         for log in self._logs.values():
             log.release(SYNC_EPOCH)
@@ -347,20 +389,22 @@ class Checkpointer:
         self._spill()
         if self._logs:
             self.send_logs_ahead()
-        while self._spilled_slabs:
-            self.pump(1.0)
+        with self.waiting() as wait:
+            while self._spilled_slabs:
+                wait(1.0)
         self._window = self.cache.limit_slabs
 
     def _send_unless_zero(self, pages: PageNumbers) -> None:
         """Send pages for the first time: the standby's memory is all zeros, as many of them are."""
-        while True:
-            self.pump()
-            if not self.cache.free_slabs and self._spilled_slabs < self._window:
-                self.cache.grow(1)
-            slab = self.cache.take()
-            if slab is not None:
-                break
-            self.pump(1.0)
+        self.pump()
+        with self.waiting() as wait:
+            while True:
+                if not self.cache.free_slabs and self._spilled_slabs < self._window:
+                    self.cache.grow(1)
+                slab = self.cache.take()
+                if slab is not None:
+                    break
+                wait(1.0)
         first = slab * SLAB_PAGES
         data = self.cache.pages[first : first + len(pages)]
         self._memory.copy(pages, data)
@@ -403,20 +447,22 @@ class Checkpointer:
     def _make_room(self, pages: int) -> None:
         """Back more slabs; at the limit wait for a commit, or send what the epoch has so far."""
         self.pump()
-        while not self.cache.free_slabs:
-            room = self._window - len(self._open.slabs) - self._spilled_slabs
-            if room > 0:
-                wanted = min(-(-pages // SLAB_PAGES), GROW_STEP_SLABS)
-                if self.cache.grow(min(wanted, room)):
-                    return
-            if self._flying:
-                self.throttled = True  # a commit is the cheapest way to room: nothing is sent twice
-                self.pump(1.0)
-            elif self._open.slabs:
-                self._spill()
-                self.pump(0.05)
-            else:
-                self.pump(1.0)
+        with self.waiting() as wait:
+            while not self.cache.free_slabs:
+                room = self._window - len(self._open.slabs) - self._spilled_slabs
+                if room > 0:
+                    wanted = min(-(-pages // SLAB_PAGES), GROW_STEP_SLABS)
+                    if self.cache.grow(min(wanted, room)):
+                        return
+                if self._flying:
+                    # a commit is the cheapest way to room: nothing is sent twice
+                    self.throttled = True
+                    wait(1.0)
+                elif self._open.slabs:
+                    self._spill()
+                    wait(0.05)
+                else:
+                    wait(1.0)
 
     def _spill(self) -> None:
         """Send the open epoch's pages ahead of its pause; later copies replace them."""
@@ -437,9 +483,10 @@ class Checkpointer:
     def drain(self) -> None:
         """After a pause that found too little cache: have all of it free for the next one."""
         self._spill()
-        while self._spilled_slabs or self._flying:
-            self.throttled = True
-            self.pump(1.0)
+        with self.waiting() as wait:
+            while self._spilled_slabs or self._flying:
+                self.throttled = True
+                wait(1.0)
 
     def prepare(self) -> None:
         """Have slabs ready for the pause, from what the last ones needed."""

@@ -62,8 +62,9 @@ Goals: throughput protected at least 60 % of unprotected; latency p50 protected 
 interval, a pause and 5 ms.
 """
 _OUTPUT_EPILOG = """\
-example:
+examples:
   nova-pmt-bench output --json build/output.json
+  nova-pmt-bench output --disk-mb-s 50 --network-mbit 500 --json build/output-limited.json
 
 rows of the JSON: load, kind (latency, throughput), off_ms (two), on_ms {p50, p99, max}, bound_ms,
 or off_mb_s (two), on_mb_s and goal; ratio (protected / mean unprotected), drift (unprotected after
@@ -184,6 +185,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--seconds", type=_at_least(1), default=8, help="of each measurement, about (8)"
     )
     output.add_argument("--memory", type=_at_least(64), default=512, help="guest size in MiB (512)")
+    output.add_argument(
+        "--disk-mb-s", type=_at_least(0), default=0, help="limit of each disk's writes; 0: none (0)"
+    )
+    output.add_argument(
+        "--network-mbit", type=_at_least(0), default=0, help="limit of the network; 0: none (0)"
+    )
     output.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
     capture = commands.add_parser(
         "capture",
@@ -293,6 +300,7 @@ def _run_output(args: argparse.Namespace, progress: Report):  # type: ignore[no-
         interval_ms=args.interval_ms,
         memory_mib=args.memory,
         report=progress,
+        limits=output.Limits(args.disk_mb_s, args.network_mbit),
     )
     return report.output_table(rows), rows, environment.qemu_version()
 

@@ -174,8 +174,8 @@ class Outputs:
         if status == "running":
             self._monitor.execute("stop")
         try:
-            # A write that failed, and that QEMU told the guest of instead of repeating it, may be in
-            # the image or in the log alone.
+            # A write that failed, and of which QEMU told the guest instead of repeating it, may be
+            # in the image or in the log alone.
             failed = status != "io-error" and any(log.broken for log in self._installed)
             if keep and not failed:
                 self._quietly("changes", lambda: keep_changes(self._installed, self._monitor))

@@ -195,7 +195,7 @@ def calls_of(scenario: Callable[[World], object]) -> list[str]:
 
 
 def prepared() -> World:
-    world = World(PAGES, 10, chaos=0.05, seed=7, disk_sectors=(24,))
+    world = World(PAGES, 10, chaos=0.05, seed=7, disk_sectors=(8,))
     world.guest.write(range(60))
     world.synchronise()
     world.guest.write(range(30, 100))
