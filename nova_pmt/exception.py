@@ -197,7 +197,7 @@ class NoEgressBuffer(Refusal):
     code = "NO_EGRESS_BUFFER"
     cure = (
         "Turn vhost off for the interface (<driver name='qemu'/>), or load the kernel modules "
-        "sch_plug, ifb and act_mirred on the host."
+        "that the message names on the host."
     )
 
 

@@ -85,6 +85,11 @@ class Host(Protocol):
         Called only after the primary won the pair. Idempotent.
         """
 
+    def let_go(self, uuid: str) -> None:
+        """Forget all that was kept for the next synchronisation: protection is not wanted any more.
+        Idempotent.
+        """
+
     def finish_takeover(self, uuid: str) -> bool:
         """Let a standby run that won the pair and whose worker died before it could.
 

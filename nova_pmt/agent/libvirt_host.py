@@ -27,7 +27,8 @@ from nova_pmt.exception import Refusal
 from nova_pmt.guest import checks, layout, prelude
 from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest.disk import discover
-from nova_pmt.guest.disk.leftover import recover_logs
+from nova_pmt.guest.disk.changes import forget_changes
+from nova_pmt.guest.disk.leftover import log_directory, recover_logs, remove_logs
 from nova_pmt.guest.disk.spec import DiskSpec
 from nova_pmt.guest.domain import Domain
 from nova_pmt.guest.execution import SAVE
@@ -36,7 +37,12 @@ from nova_pmt.guest.network import choose
 from nova_pmt.guest.tracker import MemoryTracker
 from nova_pmt.plugins import load_class
 from nova_pmt.standby import domainxml
-from nova_pmt.standby.images import images_are_kept, standby_disks
+from nova_pmt.standby.images import (
+    became_primary,
+    forget_primary,
+    images_are_kept,
+    standby_disks,
+)
 from nova_pmt.standby.settle import settle
 
 LOG = log.getLogger(__name__)
@@ -184,8 +190,21 @@ class LibvirtHost:
         pid = domain.pid()
         xml = domain.xml()
         with self._monitor(domain) as monitor:
-            choose.recover(choose.nics(xml, pid), monitor)
-            recover_logs(self._conf, domain.uuid, xml, pid, monitor)
+            try:
+                choose.recover(choose.nics(xml, pid), monitor)
+            finally:
+                recover_logs(self._conf, domain.uuid, xml, pid, monitor)
+
+    def let_go(self, uuid: str) -> None:
+        """See the interface."""
+        domain = self._find(uuid)
+        if domain.active:
+            pid, xml = domain.pid(), domain.xml()
+            with self._monitor(domain) as monitor:
+                forget_changes(
+                    discover.disks(xml, monitor), monitor, log_directory(self._conf, uuid, pid)
+                )
+        forget_primary(self._conf, uuid)
 
     def finish_takeover(self, uuid: str) -> bool:
         """See the interface."""
@@ -203,12 +222,14 @@ class LibvirtHost:
                 LOG.warning("%s: won, but its worker died: letting it run", uuid)
                 domain.resume()
             settle(domain, monitor)
+        became_primary(self._conf, uuid)
         return True
 
     def destroy(self, uuid: str) -> None:
         """See the interface."""
         with contextlib.suppress(exception.UnknownDomain):
             self._find(uuid).destroy()
+        remove_logs(self._conf, uuid)
 
     def forget_images(self, uuid: str) -> None:
         """See the interface."""

@@ -258,13 +258,17 @@ class Primaries:
 
     def _stays(self, entry: Entry) -> bool:
         """Whether a guest that runs alone is to be protected again; otherwise let go of it."""
+        if entry.wanted and self._parts.resync:
+            return True
+        try:
+            self._parts.host.let_go(entry.uuid)
+        except exception.PmtError as error:
+            LOG.warning("%s: something is left of its protection: %s", entry.uuid, error)
         if not entry.wanted:
             self._parts.pairs.drop(entry, "unprotected", "on request")
-            self._beginner.released(entry.pair, forget=True)
-        elif not self._parts.resync:
-            self._parts.pairs.drop(entry, "primary_alone", f"{entry.reason}; [agent] resync is off")
         else:
-            return True
+            self._parts.pairs.drop(entry, "primary_alone", f"{entry.reason}; [agent] resync is off")
+        self._beginner.released(entry.pair, forget=True)
         return False
 
     def _resynchronise(self, entry: Entry, at_once: bool) -> Worker | None:

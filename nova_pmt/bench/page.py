@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""The results page: made from the JSON files of benchmarks, never typed by hand."""
+"""The results pages: made from the JSON files of benchmarks, never typed by hand."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ pause
     the pause of a round as the product does it, after its pre-copy passes
 plain
     the same without passes: everything dirty is copied in the pause
+"""
+_OUTPUT_INTRODUCTION = """\
+==========================
+Output commit: the figures
+==========================
+
+This page is made by ``nova-pmt-bench page`` from the files that the benchmarks wrote: guests under
+TCG, and both hosts on one machine. Only ratios of one run mean something. What campaigns of kills
+found is on another page.
+
+unprotected
+    the same guest in the same run, before and after it was protected
+drift
+    unprotected after, to unprotected before: what the machine did meanwhile
+output delay
+    how long the oldest packet of a checkpoint was held
 """
 
 
@@ -109,27 +125,153 @@ def _failover(rows: list[dict[str, Any]]) -> str:
     return _table("Failover", head, body)
 
 
+def _limits(row: dict[str, Any]) -> str:
+    found = []
+    if row["disk_mb_s"]:
+        found.append(f"each disk's writes limited to {row['disk_mb_s']} MB/s")
+    if row["network_mbit"]:
+        found.append(f"network limited to {row['network_mbit']} Mbit/s")
+    return ", ".join(found) or "no limits"
+
+
+def _met(row: dict[str, Any]) -> str:
+    return "yes" if row["met"] else "**no**"
+
+
+def _output(rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    facts = (
+        f"{first['memory_mib']} MiB, {first['vcpus']} vCPU, a qcow2 and a raw disk, "
+        f"checkpoints every {first['interval_ms']:g} ms, {_limits(first)}"
+    )
+    latency = [row for row in rows if row["kind"] == "latency"]
+    throughput = [row for row in rows if row["kind"] == "throughput"]
+    parts = [
+        _table(
+            f"Request and response, ms p50 / p99 (at most: interval + pause + 5 ms): {facts}",
+            (
+                "request",
+                "unprotected before, after",
+                "protected",
+                "interval + pause + 5 ms",
+                "within",
+            ),
+            [
+                (
+                    row["load"],
+                    ", ".join(_pair(times) for times in row["off_ms"]),
+                    _pair(row["on_ms"]),
+                    f"{row['bound_ms']:.2f}",
+                    _met(row),
+                )
+                for row in latency
+            ],
+        ),
+        _table(
+            f"Throughput, MB/s: {facts}",
+            ("load", "unprotected before, after", "protected", "ratio", "at least", "met", "drift"),
+            [
+                (
+                    row["load"],
+                    ", ".join(f"{speed:.1f}" for speed in row["off_mb_s"]),
+                    f"{row['on_mb_s']:.1f}",
+                    f"**{row['ratio']:.2f}**",
+                    f"{row['goal']:.2f}",
+                    _met(row),
+                    f"{row['drift']:.2f}",
+                )
+                for row in throughput
+            ],
+        ),
+        _table(
+            "The rounds meanwhile, ms p50 / p99",
+            ("load", "pause", "commit", "output delay", "held back", "rounds", "pages", "cores"),
+            [
+                (
+                    row["load"],
+                    *(_pair(row[f"{name}_ms"]) for name in ("pause", "commit", "output_delay")),
+                    str(row["throttled_rounds"]),
+                    str(row["rounds"]),
+                    f"{row['pages_per_round']:.0f}",
+                    ", ".join(f"{name} {used:.2f}" for name, used in row["cores"].items()),
+                )
+                for row in rows
+            ],
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def _capture(rows: list[dict[str, Any]]) -> str:
+    head = ("seconds", "packets", "bytes", "sizes", "epochs", "violations")
+    head += ("closest to its release, ms", "not captured", "ends that match no packet")
+    head += ("violations if releases were one epoch later",)
+    body = [
+        (
+            f"{row['seconds']:.0f}",
+            f"{row['packets']:,}",
+            f"{row['bytes']:,}",
+            f"{row['smallest']} - {row['largest']}",
+            f"{row['epochs']:,}",
+            f"**{row['violations']}**",
+            f"{row['closest_ms']:.3f}",
+            str(row["lost_captures"]),
+            str(row["unmatched_ends"]),
+            f"{row['control_violations']:,}",
+        )
+        for row in rows
+    ]
+    return _table("Packets on the far side of the tap, against their epochs' releases", head, body)
+
+
+def _idle(rows: list[dict[str, Any]]) -> str:
+    head = ("interval ms", "Mbit/s between the hosts", "bursts with a checkpoint, per interval")
+    head += ("bursts of heartbeats", "pages per round", "bytes per round", "rounds")
+    body = [
+        (
+            f"{row['interval_ms']:g}",
+            f"**{row['mbit_per_s']:.2f}**",
+            f"{row['checkpoint_bursts_per_interval']:.2f}",
+            f"{row['heartbeat_bursts_per_interval']:.2f}",
+            f"{row['pages_per_round']:.0f}",
+            str(row["bytes_per_round"]),
+            str(row["rounds"]),
+        )
+        for row in rows
+    ]
+    return _table("What an idle guest costs", head, body)
+
+
 _SECTIONS = {
     "failover": ("The failover", _failover),
     "link": ("The link", _link),
     "pause": ("The pause", _pause),
     "qmp": ("The QMP client", _qmp),
+    "output": ("Latency and throughput", _output),
+    "capture": ("No packet before its commit", _capture),
+    "idle": ("An idle guest", _idle),
 }
+_OF_OUTPUT = {"output", "capture", "idle"}
 
 
 def page(files: Sequence[Path]) -> str:
-    """The page for these files, in their order.
+    """The page for these files, in their order; those of one benchmark share a section.
 
     :raises ValueError: a file is not of a benchmark that the page knows.
     """
-    parts = [_INTRODUCTION]
+    parts, last, introduction = [], "", _INTRODUCTION
     for path in files:
         data = json.loads(path.read_text())
         header = data["header"]
-        if header["benchmark"] not in _SECTIONS:
-            raise ValueError(f"{path}: unknown benchmark {header['benchmark']!r}")
-        title, table = _SECTIONS[header["benchmark"]]
-        parts.append(f"{title}\n{'=' * len(title)}\n")
+        benchmark = header["benchmark"]
+        if benchmark not in _SECTIONS:
+            raise ValueError(f"{path}: unknown benchmark {benchmark!r}")
+        if benchmark in _OF_OUTPUT:
+            introduction = _OUTPUT_INTRODUCTION
+        title, table = _SECTIONS[benchmark]
+        if benchmark != last:
+            parts.append(f"{title}\n{'=' * len(title)}\n")
+        last = benchmark
         parts.append(table(data["rows"]))
         load = ", ".join(str(value) for value in header["load_average"])
         parts.append(
@@ -137,4 +279,4 @@ def page(files: Sequence[Path]) -> str:
             f"{header['cpus']} CPUs ({header['cpu_model']}), Linux {header['kernel']}, "
             f"QEMU {header['qemu']}, Python {header['python']}, load average {load}.\n"
         )
-    return "\n".join(parts)
+    return "\n".join([introduction, *parts])

@@ -57,8 +57,8 @@ def wait(
             bar.update(
                 task,
                 description=render.clean(text).split(" (")[0],
-                total=steps.get("total_pages"),
-                completed=steps.get("done_pages", 0),
+                total=steps.get("total_bytes") or steps.get("total_pages"),
+                completed=steps.get("done_bytes") or steps.get("done_pages", 0),
             )
             if not console.is_terminal and text != shown:
                 shown = text

@@ -129,7 +129,7 @@ def _strategy(pair: Mapping[str, Any], stats: Mapping[str, Any] | None) -> str:
     words = [str(pair["strategy"])]
     words += [f"{key}={value:g}" for key, value in (pair.get("options") or {}).items()]
     if stats and stats.get("throttled"):
-        words.append("(throttled: the cache is at its limit)")
+        words.append("(throttled: the link, or the cache, is at its limit)")
     return " ".join(words)
 
 
@@ -216,7 +216,7 @@ def top_table(pairs: Iterable[Mapping[str, Any]]) -> Table:
             shown.append(f" {percent}")
         if stats and stats.get("throttled"):
             shown.append(" throttled", "yellow")
-        if stats and any(nic["dropped_packets"] for nic in stats.get("network") or ()):
+        if stats and stats.get("dropping"):
             shown.append(" dropping", "yellow")
         table.add_row(
             cell(pair["name"]),

@@ -29,8 +29,8 @@ Directory on tmpfs in which each protected guest gets a directory for the logs o
         min=16,
         help="""
 Most that the logs of one guest's disks may hold, in MiB, before a checkpoint must have carried them
-to the standby. At half of it the next checkpoint is taken at once; at the limit the guest is held
-until there is room.
+to the standby. At half of it the next checkpoint is taken at once; at nine tenths the guest waits
+for the checkpoints that are under way.
 """,
     ),
     cfg.IntOpt(

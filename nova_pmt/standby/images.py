@@ -18,10 +18,15 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from oslo_log import log
+
+from nova_pmt import exception
 from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest.disk.spec import DiskSpec
 from nova_pmt.standby import imagerecord
 from nova_pmt.standby.disks import StandbyDisks
+
+LOG = log.getLogger(__name__)
 
 
 def records_directory(conf: Any) -> str:
@@ -33,6 +38,26 @@ def images_are_kept(conf: Any, uuid: str) -> bool:
     """Whether there are images of a standby that the next synchronisation can go on from."""
     record = imagerecord.load(records_directory(conf), uuid)
     return record is not None and record.role == "standby" and record.consistent is not None
+
+
+def became_primary(conf: Any, uuid: str) -> None:
+    """A guest runs on the images of a standby now, whose worker could not say so."""
+    record = imagerecord.load(records_directory(conf), uuid)
+    if record is None:
+        return
+    with standby_disks(conf, uuid, [image.disk for image in record.images]) as disks:
+        disks.became_primary()
+        try:
+            disks.sync()
+        except exception.DiskImageError as error:
+            LOG.error("%s: %s", uuid, error)
+
+
+def forget_primary(conf: Any, uuid: str) -> None:
+    """No standby may be made over the images of a primary on this host any more."""
+    record = imagerecord.load(records_directory(conf), uuid)
+    if record is not None and record.role == "primary":
+        imagerecord.forget(records_directory(conf), uuid)
 
 
 def standby_disks(conf: Any, uuid: str, specs: Sequence[DiskSpec]) -> StandbyDisks:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from nova_pmt import exception
 from nova_pmt.checkpoint.interfaces import OutputBuffer
 from nova_pmt.guest.disk import bitmap, discover
 from nova_pmt.guest.disk.changes import forget_changes, keep_changes
-from nova_pmt.guest.disk.leftover import log_directory
+from nova_pmt.guest.disk.leftover import log_directory, remove_logs
 from nova_pmt.guest.disk.log import DiskLog, LogSpace
 from nova_pmt.guest.disk.source import DiskSource
 from nova_pmt.guest.monitor import Monitor
@@ -81,6 +80,7 @@ class Outputs:
         self._installed: list[DiskLog] = []
         self._trace = Trace.from_environment()
         self.armed = False
+        self._dropped = 0
 
     @property
     def specs(self) -> list[dict[str, Any]]:
@@ -171,9 +171,9 @@ class Outputs:
         :param keep: keep in mind what the standby's images lack from here on.
         """
         status = self._monitor.execute("query-status")["status"]
-        if status == "running":
-            self._monitor.execute("stop")
         try:
+            if status == "running":
+                self._monitor.execute("stop")
             # A write that failed, and of which QEMU told the guest instead of repeating it, may be
             # in the image or in the log alone.
             failed = status != "io-error" and any(log.broken for log in self._installed)
@@ -199,9 +199,7 @@ class Outputs:
         except (exception.PmtError, OSError) as error:
             LOG.error("held packets are lost: %s", error)
             # The guest comes first: it must not stay cut off.
-            self._quietly(
-                "buffer", lambda: choose.recover([k[0] for k in self._kinds], self._monitor)
-            )
+            self._quietly("buffer", lambda: type(buffer).recover(buffer.nic, self._monitor))
 
     def _quietly(self, what: str, action: Callable[[], object]) -> None:
         try:
@@ -221,12 +219,16 @@ class Outputs:
     def abandon(self) -> None:
         """The guest is gone from here: nothing of it is left."""
         self.close()
-        shutil.rmtree(self._log_directory, ignore_errors=True)
+        remove_logs(self._conf, self._uuid)
 
     def summary(self) -> dict[str, Any]:
-        """For the status."""
+        """For the status; ``dropping``: since this was asked last."""
+        network = [buffer.summary() for buffer in self._buffers]
+        dropped = sum(nic.get("dropped_packets", 0) for nic in network)
+        dropping, self._dropped = dropped > self._dropped, dropped
         return {
             "output_commit": self.armed,
-            "network": [buffer.summary() for buffer in self._buffers],
+            "dropping": dropping,
+            "network": network,
             "disks": [disk_log.summary() for disk_log in self.logs.values()],
         }

@@ -545,8 +545,8 @@ class Primary(Side):
                     won = True
                     break
                 if not paused:
-                    # Neither peer nor arbiter: the standby may be running. Nothing of ours may
-                    # reach the world; without an egress buffer that means to hold the guest.
+                    # Neither peer nor arbiter: the standby may be running. What this guest sends
+                    # stays held; it is stopped, too, so as not to do what will be taken back.
                     LOG.error("%s: guest is held: %s", self._pair.uuid, error)
                     self.agent.tell("error", error=error.to_dict())
                     with contextlib.suppress(exception.GuestError):

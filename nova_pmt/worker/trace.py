@@ -54,11 +54,11 @@ class _Traced:
 
     def __init__(self, buffer: Any, trace: Trace) -> None:
         self._buffer, self._trace = buffer, trace
-        self._ends: dict[int, int] = {}
+        self._ends: dict[int, int | None] = {}
 
     def cut(self, epoch: int) -> None:
         self._buffer.cut(epoch)
-        self._ends[epoch] = self._buffer.last_cut
+        self._ends[epoch] = getattr(self._buffer, "last_cut", None)
 
     def release(self, epoch: int) -> float | None:
         nic = self._buffer.nic.alias

@@ -28,8 +28,7 @@ from nova_pmt.exception import LabError
 from nova_pmt.guest.monitor import DirectMonitor
 from nova_pmt.guest.network.base import Nic
 from nova_pmt.guest.network.redirector import RedirectorBuffer
-from nova_pmt.lab import LabGuest, LabHost
-from tests.functional.conftest import Boot
+from nova_pmt.lab import LabGuest
 
 NIC = Nic("net0", "hostnet0", "52:54:00:00:00:00", None, vhost=False)
 MIB = 1 << 20

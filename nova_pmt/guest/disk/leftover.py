@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Any
 
 from oslo_log import log as logging
@@ -57,6 +58,11 @@ def recover_logs(conf: Any, uuid: str, xml: str, pid: int, monitor: Monitor) -> 
             log.close()
     for disk in disks:
         DiskLog.recover(disk, monitor, directory)
+
+
+def remove_logs(conf: Any, uuid: str) -> None:
+    """The guest is gone from here: its logs are of no use."""
+    shutil.rmtree(os.path.join(conf.disk.log_directory, uuid), ignore_errors=True)
 
 
 def log_directory(conf: Any, uuid: str, pid: int) -> str:

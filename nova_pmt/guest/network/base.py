@@ -55,6 +55,7 @@ class EgressBuffer(ABC):
 
     #: The plug-in's name.
     name: ClassVar[str]
+    nic: Nic
 
     @abstractmethod
     def __init__(self, nic: Nic, monitor: Monitor, directory: str, limit_bytes: int) -> None: ...

@@ -139,6 +139,9 @@ class FakeHost:
         self.define(uuid, self.find(uuid).name, "running")
         return True
 
+    def let_go(self, uuid: str) -> None:
+        self.calls.append(("let_go", uuid))
+
     def forget_images(self, uuid: str) -> None:
         self.calls.append(("forget_images", uuid))
 

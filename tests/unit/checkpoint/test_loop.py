@@ -343,6 +343,19 @@ def test_full_output_stops_the_guest_until_a_commit_makes_room() -> None:
     world.check()
 
 
+def test_a_guest_that_was_stopped_runs_on_as_soon_as_there_is_room() -> None:
+    """A buffer may get room by itself; the wait for the wire goes on."""
+    world = congested(0.95)
+    seen: list[bool] = []
+    for number, pressure in enumerate((0.89, 0.51, 0.49, 0.89, 0.9, 0.0)):
+        at = world.now + 0.1 * (number + 1)
+        world.at.append((at, lambda to=pressure: setattr(world.output, "pressure", to)))
+        world.at.append((at + 0.05, lambda: seen.append(world.guest.paused)))
+    world.run_for(1.0)
+    assert seen == [True, True, False, False, True, False]
+    assert world.checkpointer.in_flight == 2
+
+
 def test_output_that_is_not_full_lets_the_guest_run_while_the_wire_stands_still() -> None:
     world = congested(0.89)
     world.at.append((world.now + 0.6, lambda: repair(world)))
@@ -491,6 +504,28 @@ def test_logs_keep_to_their_limit_while_a_pass_waits_for_room() -> None:
     world.load(0.01, range(300))
     write()
     world.run_for(4.0)
+    assert most <= 1.2
+
+
+def test_logs_keep_to_their_limit_until_the_first_commit() -> None:
+    """Checkpoint 1 is under way, and no round can be taken before it is committed."""
+    world = TimedWorld(2_000_000)
+    disk = world.disks[1]
+    disk.limit = 200 << 10
+    most = 0.0
+
+    def write() -> None:
+        nonlocal most
+        if not world.guest.paused:
+            disk.write(0, 40)
+        most = max(most, disk.pressure)
+        world.at.append((world.now + 0.002, write))
+
+    world.copy_disks()
+    world.checkpointer.synchronise()
+    world.guest.write(range(200))
+    write()
+    world.loop.synchronise()
     assert most <= 1.2
 
 

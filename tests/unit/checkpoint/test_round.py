@@ -383,6 +383,23 @@ def test_after_some_deferrals_the_pause_lasts_until_all_is_through(world: World)
     assert world.checkpointer.capture() is None
 
 
+def test_a_pause_that_waits_for_room_stays_one_though_output_presses(world: World) -> None:
+    """The guest is stopped already: it is neither stopped again, nor let run before the end."""
+    for _ in range(MAX_DEFERRALS):
+        world.guest.write(range(PAGES))
+        assert world.checkpointer.capture() is None
+    world.guest.write(range(PAGES))
+    world.output.pressure = 0.95
+    world.faults.calls.clear()
+    checkpoint = world.checkpointer.capture()
+    assert checkpoint is not None
+    assert "hold guest" not in world.faults.calls
+    assert world.faults.calls.count("resume") == 1
+    world.checkpointer.transfer(checkpoint)
+    world.settle()
+    world.check()
+
+
 def test_a_pass_larger_than_the_cache_is_sent_in_parts(world: World) -> None:
     world.guest.write(range(PAGES))
     before = world.sender.spilled

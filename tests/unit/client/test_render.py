@@ -119,7 +119,7 @@ def test_top_has_the_delay_of_output() -> None:
 
 
 def test_top_tells_that_packets_are_dropped() -> None:
-    stats = {"network": [nic(), nic(dropped_packets=1)], "throttled": True}
+    stats = {"network": [nic(), nic(dropped_packets=1)], "throttled": True, "dropping": True}
     _, line = text(render.top_table([pair(stats=stats)]))
     assert "protected throttled dropping" in line
 

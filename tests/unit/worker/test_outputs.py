@@ -516,7 +516,7 @@ def test_what_is_told_is_what_the_status_shows(
     found = protected(make, qemu)
     found._buffers = [kind(nic, qemu, "/", 3 << 20) for nic, _ in found._kinds]
     summary = found.summary()
-    assert set(summary) == {"output_commit", "network", "disks"}
+    assert set(summary) == {"output_commit", "dropping", "network", "disks"}
     wanted = {"nic", "mac", "buffer", "held_bytes", "peak_bytes", "limit_bytes"}
     for nic in summary["network"]:
         assert set(nic) == wanted | {"dropped_packets", "released_bytes"}
