@@ -85,8 +85,8 @@ class Disks(Protocol):
 class Receiver:
     """Stages, verifies, commits, applies.
 
-    Implements :class:`nova_pmt.replication.link.FrameHandler` for PAGES, DELTA, BLOCK, LOG and COMMIT
-    frames; the standby hands it those.
+    Implements :class:`nova_pmt.replication.link.FrameHandler` for PAGES, DELTA, BLOCK, LOG and
+    COMMIT frames; the standby hands it those.
 
     :param staging: where checkpoints wait.
     :param acknowledge: called with the epoch when it is whole and verified; before it is applied.
