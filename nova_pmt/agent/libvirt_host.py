@@ -175,11 +175,17 @@ class LibvirtHost:
     def recover(self, uuid: str) -> None:
         """See the interface."""
         domain = self._find(uuid)
-        self._recover_output(domain)
+        try:
+            self._recover_output(domain)
+        finally:
+            self._let_run(domain)
+
+    def _let_run(self, domain: Domain) -> None:
+        """Let a guest go on that its worker had stopped."""
         state, reason = domain.handle.state()
         # libvirt saw a STOP that nobody asked it for; an operator's pause has reason USER.
         if state == libvirt.VIR_DOMAIN_PAUSED and reason != libvirt.VIR_DOMAIN_PAUSED_USER:
-            LOG.warning("%s: its worker died in a pause; letting it run", uuid)
+            LOG.warning("%s: its worker died in a pause; letting it run", domain.uuid)
             domain.resume()
 
     def _recover_output(self, domain: Domain) -> None:

@@ -77,8 +77,9 @@ class Loop:
             self.checkpointer.arm(arm())
             faultpoint.reach("sync.armed")
         self._round()
-        while not self.checkpointer.committed:
-            self.checkpointer.pump(1.0)
+        with self.checkpointer.waiting() as wait:
+            while not self.checkpointer.committed:
+                wait(1.0)
 
     def run(self) -> None:
         """Rounds until :meth:`end`.

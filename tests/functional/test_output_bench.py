@@ -27,10 +27,10 @@ SECONDS = 1.0
 _IMAGES = "/var/lib/libvirt/images"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _impatient() -> None:
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a stream has found its speed is not what these tests are about."""
-    loads.STREAM_WARM_UP_S = SECONDS
+    monkeypatch.setattr(loads, "STREAM_WARM_UP_S", SECONDS)
 
 
 @pytest.fixture

@@ -14,10 +14,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 SECTOR = 512
+_NAME = re.compile(r"[a-z][a-z0-9]{0,15}")
+_PATH = re.compile(r"/[^\x00-\x1f\x7f]{1,1000}")
 _CLUSTERS = (0, *(1 << bits for bits in range(9, 22)))
 
 
@@ -53,13 +56,14 @@ class DiskSpec:
         disk = cls(**data)
         if (
             not isinstance(disk.name, str)
+            or not _NAME.fullmatch(disk.name)
             or disk.format not in ("qcow2", "raw")
             or not isinstance(disk.path, str)
-            or not disk.path.startswith("/")
-            or not isinstance(disk.size, int)
+            or not _PATH.fullmatch(disk.path)
+            or type(disk.size) is not int
             or not 0 < disk.size <= 1 << 60
             or not isinstance(disk.readonly, bool)
             or disk.cluster_bytes not in _CLUSTERS
         ):
-            raise ValueError(f"not a disk: {data!r}")
+            raise ValueError(f"not a disk: {data!r:.200}")
         return disk

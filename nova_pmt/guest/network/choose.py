@@ -127,7 +127,16 @@ def problems(wanted: str, found: tuple[Nic, ...], monitor: Monitor) -> list[Refu
 
 
 def recover(found: tuple[Nic, ...], monitor: Monitor) -> None:
-    """Take every buffer off that a dead worker left. The guest may go on unprotected."""
+    """Take every buffer off that a dead worker left. The guest may go on unprotected.
+
+    :raises nova_pmt.exception.GuestError: one of them stays; the others are off.
+    """
+    failure: exception.GuestError | None = None
     for nic in found:
         for name in AUTOMATIC:
-            _load(name).recover(nic, monitor)
+            try:
+                _load(name).recover(nic, monitor)
+            except exception.GuestError as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure

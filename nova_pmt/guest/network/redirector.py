@@ -53,9 +53,8 @@ READ_BYTES = 1 << 20
 SOCKET_BYTES = 4 << 20
 #: Longest packet that QEMU passes on (net/net.h, NET_BUFSIZE), and a header.
 MAX_PACKET_BYTES = 4096 + 65536 + 64
-#: Room kept beyond the limit: for the rest of a packet whose begin is stored already, and what
-#: QEMU's end of a socket (net.core.wmem_default) holds of an epoch that was cut.
-SLACK_BYTES = 2 * MAX_PACKET_BYTES + (512 << 10)
+#: Room kept beyond the limit for the rest of a packet whose begin is stored already.
+SLACK_BYTES = 2 * MAX_PACKET_BYTES
 DETACH_TIMEOUT_S = 10.0
 POLL_S = 0.0005
 _LENGTH = struct.Struct("!I")
@@ -79,6 +78,12 @@ def _chardevs(monitor: Monitor) -> set[str]:
     return {entry["label"] for entry in monitor.execute("query-chardev")}
 
 
+def _socket_bytes() -> int:
+    """The most that QEMU's end of a socket may hold of an epoch that was cut."""
+    with open("/proc/sys/net/core/wmem_default", encoding="ascii") as file:
+        return 2 * int(file.read())
+
+
 class _Stream:
     """The bytes between the two sockets: a ring that one thread fills and empties.
 
@@ -92,7 +97,7 @@ class _Stream:
         back.setblocking(False)
         self._out, self._back = out, back
         self.limit = limit_bytes
-        self._size = limit_bytes + SLACK_BYTES
+        self._size = limit_bytes + SLACK_BYTES + _socket_bytes()
         self._map = mmap.mmap(-1, self._size)
         self._ring = memoryview(self._map)
         self.received = self.sent = self._allowed = 0
@@ -188,8 +193,9 @@ class _Stream:
                         poll.register(back, select.EPOLLOUT)
                     else:
                         poll.unregister(back)
-        except OSError as error:
-            self.broken = str(error)  # QEMU ended, mostly; its end is watched elsewhere
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing passes any more
+            # QEMU ended, mostly; its end is watched elsewhere
+            self.broken = str(error) or type(error).__name__
         finally:
             poll.close()
             # With nobody to read them QEMU would wait for room in its socket for ever.
@@ -270,8 +276,9 @@ class _Stream:
             raise ConnectionResetError("QEMU closed the connection")
         self._junk += data
         start = 0
-        has_room = self.received - self.sent <= self.limit // 2
-        while not (has_room and start):
+        room = self.limit - (self.received - self.sent)
+        has_room = room >= self.limit // 2
+        while not (has_room and len(self._junk) - start <= room):
             if start + _LENGTH.size > len(self._junk):
                 break
             (length,) = _LENGTH.unpack_from(self._junk, start)
@@ -283,7 +290,7 @@ class _Stream:
             self.dropped_packets += 1
             self.dropped_bytes += length
         del self._junk[:start]
-        if has_room and len(self._junk) <= self.limit - (self.received - self.sent):
+        if has_room and len(self._junk) <= room:
             self._keep_junk()
 
     def _keep_junk(self) -> None:
