@@ -78,12 +78,6 @@ def _chardevs(monitor: Monitor) -> set[str]:
     return {entry["label"] for entry in monitor.execute("query-chardev")}
 
 
-def _socket_bytes() -> int:
-    """The most that QEMU's end of a socket may hold of an epoch that was cut."""
-    with open("/proc/sys/net/core/wmem_default", encoding="ascii") as file:
-        return 2 * int(file.read())
-
-
 class _Stream:
     """The bytes between the two sockets: a ring that one thread fills and empties.
 
@@ -97,7 +91,7 @@ class _Stream:
         back.setblocking(False)
         self._out, self._back = out, back
         self.limit = limit_bytes
-        self._size = limit_bytes + SLACK_BYTES + _socket_bytes()
+        self._size = limit_bytes + SLACK_BYTES
         self._map = mmap.mmap(-1, self._size)
         self._ring = memoryview(self._map)
         self.received = self.sent = self._allowed = 0
@@ -216,6 +210,9 @@ class _Stream:
                 self._skip()
                 return
             room = self.limit - (self.received - self.sent)
+            if self.received - self._boundary > self._size - READ_BYTES:
+                self._rest_of_packet()  # walks on while what it walks over is still there
+            room = min(room, self._size - (self.received - self._boundary))
             if room <= 0:
                 room = self._rest_of_packet()
                 if not room:
