@@ -264,7 +264,13 @@ class Receiver:
         faultpoint.reach("standby.verified")
         self.committed = header.epoch
         self.device_state = state
-        self._acknowledge(header.epoch)
+        lost: exception.PeerError | None = None
+        try:
+            self._acknowledge(header.epoch)
+        except exception.PeerError as error:
+            # The primary may have died just now, and then this is what its standby goes on from:
+            # committed is committed, and the image must have it.
+            lost = error
         faultpoint.reach("standby.acknowledged")
         used = len(self._staged)
         start = time.perf_counter()
@@ -274,6 +280,8 @@ class Receiver:
         self._apply_ms[self._applied % RING] = (time.perf_counter() - start) * 1e3
         self._applied += 1
         self._staging.adapt(used)
+        if lost is not None:
+            raise lost
         faultpoint.reach("standby.applied")
 
     def _state_of(self, header: Header, payload: memoryview) -> bytes:

@@ -336,10 +336,11 @@ class Standby(Side):
         return Journal(self._disks, self._disk_specs, self._breathe)
 
     def _breathe(self) -> None:
-        """Say that we live, in the middle of other work."""
+        """Say that we live, in the middle of other work, which a lost peer must not cut short."""
         if self._link is not None:
-            self._link.tick()
-            self._link.flush(0.0)
+            with contextlib.suppress(exception.PeerError):
+                self._link.tick()
+                self._link.flush(0.0)
 
     def _tell_stats(self) -> None:
         if self._link is not None and self._receiver is not None:

@@ -339,7 +339,7 @@ def test_devices_that_are_plugged_in_and_out(subject: Subject) -> None:
             assert pair.primary.error()["code"] == "DEVICES_CHANGED"
             pair.primary.state("primary_alone")
             pair.standby.state("cancelled")
-            change()
+            change(); print([(e.get("event"), e.get("state"), e["seen_at"]) for e in pair.primary.events if "seen_at" in e][-3:])
         subject.request(3)
         if "vdb" in disks:
             eventually(lambda: _can_write(subject, "vdb"))
@@ -405,4 +405,5 @@ def test_a_dead_workers_tap_is_closed_until_it_is_decided(lab: Lab, subject: Sub
 
 
 def sent_by(packet: Packet, subject: Subject) -> bool:
-    return packet.data[6:12] == bytes.fromhex(subject.guest.spec.mac.replace(":", ""))
+    """Whether it comes out of the host that is looked at, from the guest."""
+    return not packet.outgoing and packet.data[6:12] == bytes.fromhex(subject.guest.spec.mac.replace(":", ""))

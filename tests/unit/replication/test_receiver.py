@@ -292,3 +292,26 @@ def test_what_is_sent_again_and_again_does_not_fill_the_staging(
     feed_all(standby, stream[-2:])
     assert standby.acknowledged == [1, 2]
     assert np.array_equal(standby.image.contents(), expected)
+
+
+def test_a_commit_whose_answer_cannot_be_sent_is_applied_all_the_same() -> None:
+    """The primary died when it had sent everything: its standby goes on from this checkpoint."""
+    standby = FakeStandby(two_blocks(40, 4), 8 << 20)
+    link = FakeLink(standby.feed)
+    sender = Sender(link, 40)  # type: ignore[arg-type]
+
+    def checkpoint(epoch: int) -> None:
+        sender.send_pages(epoch, np.arange(3), np.full((3, 4096), epoch, np.uint8), None)
+        sender.send_commit(epoch, device_state(epoch))
+        while link.step():
+            pass
+
+    def fail(_epoch: int) -> None:
+        raise exception.PeerLost("connection reset")
+
+    checkpoint(1)
+    standby.receiver._acknowledge = fail
+    with pytest.raises(exception.PeerLost, match="reset"):
+        checkpoint(2)
+    assert standby.receiver.committed == 2
+    assert (standby.image.contents()[:3] == 2).all()
