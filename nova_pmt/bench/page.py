@@ -67,7 +67,12 @@ def _pair(times: dict[str, float]) -> str:
 
 
 def _pause(rows: list[dict[str, Any]]) -> str:
-    head = ("memory MiB", "dirty pages", "copied in the pause", "floor ms p50 / p99")
+    head: tuple[str, ...] = (
+        "memory MiB",
+        "dirty pages",
+        "copied in the pause",
+        "floor ms p50 / p99",
+    )
     head += ("pause ms p50 / p99", "pause / floor p50", "at p99", "plain / floor p50", "rounds")
     body = [
         (
@@ -99,7 +104,13 @@ def _qmp(rows: list[dict[str, Any]]) -> str:
 
 
 def _link(rows: list[dict[str, Any]]) -> str:
-    head = ("link", "pause ms p50 / p99", "commit ms p50", "dirty pages", "cache peak / limit MiB")
+    head: tuple[str, ...] = (
+        "link",
+        "pause ms p50 / p99",
+        "commit ms p50",
+        "dirty pages",
+        "cache peak / limit MiB",
+    )
     head += ("throttled rounds", "rounds")
     body = [
         (
@@ -203,7 +214,7 @@ def _output(rows: list[dict[str, Any]]) -> str:
 
 
 def _capture(rows: list[dict[str, Any]]) -> str:
-    head = ("seconds", "packets", "bytes", "sizes", "epochs", "violations")
+    head: tuple[str, ...] = ("seconds", "packets", "bytes", "sizes", "epochs", "violations")
     head += ("closest to its release, ms", "not captured", "ends that match no packet")
     head += ("violations if releases were one epoch later",)
     body = [
@@ -225,7 +236,11 @@ def _capture(rows: list[dict[str, Any]]) -> str:
 
 
 def _idle(rows: list[dict[str, Any]]) -> str:
-    head = ("interval ms", "Mbit/s between the hosts", "bursts with a checkpoint, per interval")
+    head: tuple[str, ...] = (
+        "interval ms",
+        "Mbit/s between the hosts",
+        "bursts with a checkpoint, per interval",
+    )
     head += ("bursts of heartbeats", "pages per round", "bytes per round", "rounds")
     body = [
         (

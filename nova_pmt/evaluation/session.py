@@ -48,6 +48,16 @@ class View:
     broken: list[str]
 
 
+def _end(lab: Lab, guest: LabGuest) -> None:
+    """Take the guest away from all hosts, whatever state they are in."""
+    import libvirt
+
+    for host in lab.computes:
+        if host.powered:
+            with contextlib.suppress(LabError, libvirt.libvirtError):
+                guest.on(host).destroy()
+
+
 class Session:
     """See the module's text.
 
@@ -69,14 +79,17 @@ class Session:
         cls, lab: Lab, *, clients: int, seed: int, answer_s: float, disks: bool = True
     ) -> Iterator[Session]:
         """Boot a guest with two disks on the first host, and connect to it."""
-        name = f"campaign{next(_guests)}"
+        number = next(_guests)
+        name = f"campaign{number}"
         for host in lab.computes:
             host.path(IMAGES).mkdir(parents=True, exist_ok=True)
         two = (
             Disk(f"{IMAGES}/{name}-a.qcow2"),
             Disk(f"{IMAGES}/{name}-b.raw", format="raw", bus="scsi"),
         )
-        spec = GuestSpec(name, ip="10.77.2.90", disks=two if disks else (), workload=LOAD)
+        spec = GuestSpec(
+            name, ip=f"10.77.2.{50 + number % 50}", disks=two if disks else (), workload=LOAD
+        )
         guest = lab.computes[0].boot(spec)
         try:
             guest.wait_ready(_BOOT_S)
@@ -86,9 +99,7 @@ class Session:
             finally:
                 session.close()
         finally:
-            for host in lab.computes:
-                if host.powered:
-                    guest.on(host).destroy()
+            _end(lab, guest)
 
     def _client(self, number: int) -> Client:
         return self.guest.transactions(number, self._answer_s)
@@ -118,6 +129,16 @@ class Session:
         except LabError as error:
             return error.message
         return "" if count == records else f"{records} records, but V counts {count}"
+
+    def reconnect(self, *, everybody: bool) -> None:
+        """New clients in place of those that are broken, or of all.
+
+        :raises LabError: the guest cannot be reached.
+        """
+        try:
+            self.traffic.reconnect(everybody=everybody)
+        except OSError as error:
+            raise LabError(f"{self.guest!r} cannot be reached: {error}") from error
 
     def reconnect_watcher(self) -> None:
         """A new connection to look with.

@@ -298,7 +298,7 @@ class Trial:
             self._blame([f"{image.disk}: {line}" for line in image.mismatches])
         session.room = result.records < transactions.CAPACITY - 1000
         if broken or not self._fenced:
-            session.traffic.reconnect(everybody=not self._fenced)
+            session.reconnect(everybody=not self._fenced)
         result.check_s = _seconds(begun)
 
     def _blame(self, lines: list[str]) -> None:

@@ -26,11 +26,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from nova_pmt.arbiter.base import Side
 from nova_pmt.arbiter.file import FileArbiter
 from nova_pmt.exception import LabError
 from nova_pmt.lab import Disk, GuestSpec, Lab, LabGuest, LabHost, Workload, deployment
@@ -67,23 +69,28 @@ class Subject:
         """It goes on where its standby was."""
         self.guest = self.guest.on(self.there)
 
-    def request(self, count: int = 20) -> None:
+    def request(self, count: int = 5) -> None:
         """Transactions, each of which is on all disks when it is answered."""
         for _ in range(count):
             self.client.request()
 
     def write(self, kib: int = 2 * KIB) -> None:
         """Writes of all kinds to all disks, which overwrite each other and what was there."""
-        say = self.guest.control
-        for _, name in self.writable:
-            say(f"disk write seq 256 {kib // 256} {name}")
-            say(f"disk write rand 4 {kib // 64} {name}")
-            # 512 KiB in all, at no boundary of a cluster, in what was just written
-            say(f"disk discard 100 300 {name}")
-            say(f"disk zero 612 212 {name}")
-            say(f"disk fua 8 {name}")
-            say(f"disk write rand 4 8 {name}")
-        self.request(5)
+
+        def write_to(name: str) -> None:
+            for what in (
+                f"write seq 256 {kib // 256}",
+                f"write rand 4 {kib // 64}",
+                # 512 KiB in all, at no boundary of a cluster, in what was just written
+                "discard 100 300",
+                "zero 612 212",
+                "fua 8",
+            ):
+                self.guest.control(f"disk {what} {name}")
+
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(write_to, [name for _, name in self.writable]))
+        self.request()
 
     @contextlib.contextmanager
     def writing(self, order: str = "seq") -> Iterator[None]:
@@ -145,11 +152,12 @@ class Subject:
         )
         assert not wrong, wrong[:10]
 
-    def claim(self, pair: WorkerPair, side: str = "primary") -> None:
-        """Decide the pair, as an agent does."""
-        directory = str(self.here.lab.ctl.path(deployment.ARBITER))
-        arbiter = FileArbiter(SimpleNamespace(arbiter=SimpleNamespace(directory=directory)))
-        assert arbiter.claim(pair.pair.uuid, pair.pair.generation, side)  # type: ignore[arg-type]
+
+def claim(pair: WorkerPair, side: Side = "primary") -> None:
+    """Decide a pair, as an agent does whose worker died."""
+    directory = str(pair.primary.host.lab.ctl.path(deployment.ARBITER))
+    arbiter = FileArbiter(SimpleNamespace(arbiter=SimpleNamespace(directory=directory)))
+    assert arbiter.claim(pair.pair.uuid, pair.pair.generation, side)
 
 
 def compare(one: LabHost, two: LabHost, disk: Disk) -> None:
@@ -291,7 +299,7 @@ def test_after_a_short_break_only_what_has_changed_is_copied(subject: Subject) -
         assert 0 < copied_bytes(pair) < full / 4
         subject.write()
         with subject.writing():
-            subject.claim(pair)
+            claim(pair)
             pair.primary.kill()
             pair.standby.state("cancelled")
             recover(subject.guest)
@@ -336,7 +344,7 @@ def test_images_that_nobody_answers_for_are_copied_in_full(subject: Subject) -> 
             assert copied_bytes(pair) > full / 2, spoil.__name__
             pair.standby.close()
             pair.primary.state("primary_alone")
-        subject.check_images()
+    subject.check_images()
 
 
 def test_nothing_is_left_when_protection_is_ended_or_the_guest_is_shut_down(

@@ -17,20 +17,23 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from nova_pmt import faultpoint
-from nova_pmt.lab import Lab, LabGuest, LabHost, deployment
+from nova_pmt.lab import Disk, Lab, LabGuest, LabHost, deployment
 from nova_pmt.lab.certificates import Authority
 from nova_pmt.replication import protocol
 from tests.functional.conftest import Boot
 from tests.functional.pairs import WorkerPair, protect
+from tests.functional.test_disks import IMAGES, claim, leftovers, recover
 from tests.functional.wire import Proxy
 
 INSECURE = "/etc/nova_pmt/insecure.conf"
 STRANGER = "/etc/nova_pmt/stranger.conf"
+DISK = Disk(f"{IMAGES}/faults.qcow2", size_mib=56)
 
 
 def is_running(guest: LabGuest) -> bool:
@@ -50,22 +53,36 @@ def survivor_of(guest: LabGuest, pair: WorkerPair, one: LabHost, two: LabHost) -
     return survivor
 
 
+@pytest.fixture
+def with_disk(one: LabHost, two: LabHost, boot: Boot) -> Iterator[LabGuest]:
+    """A guest whose disk has something on it."""
+    guest = boot(one, disks=(DISK,))
+    guest.control("disk write seq 256 4 vda")
+    yield guest
+    for host in one, two:
+        guest.on(host).destroy()
+        host.path(DISK.path).unlink(missing_ok=True)
+
+
 ROUND_STEPS = [step for step in faultpoint.STEPS if step.startswith("round.")]
 
 
 def test_primary_worker_killed_at_each_step_of_the_round(
-    one: LabHost, two: LabHost, boot: Boot
+    one: LabHost, two: LabHost, with_disk: LabGuest
 ) -> None:
     """With its host (QEMU dies, too): the standby goes on from a whole checkpoint."""
-    guest, here, there = boot(one), one, two
+    guest, here, there = with_disk, one, two
+    client = guest.transactions(1)
     for step in ROUND_STEPS:
         with protect(guest, there, primary_env={"NOVA_PMT_FAULT": f"{step}:kill:9"}) as pair:
+            pair.primary.wait(lambda event: event["event"] == "gone", 60)
             pair.protected()
-            pair.primary.wait(lambda event: event["event"] == "gone")
             os.kill(guest.pid, signal.SIGKILL)
             event = pair.standby.state("standby_active", "cancelled")
             assert event["state"] == "standby_active", step
         guest = guest.on(there)
+        client.request()
+        assert client.verify() == len(client.answered), step
         assert guest.verify().startswith("ok"), step
         assert is_running(guest), step
         here, there = there, here
@@ -74,17 +91,21 @@ def test_primary_worker_killed_at_each_step_of_the_round(
 SYNC_STEPS = [step for step in faultpoint.STEPS if step.startswith("sync.")]
 
 
-@pytest.mark.parametrize("step", SYNC_STEPS)
 def test_primary_worker_killed_in_the_first_synchronisation(
-    one: LabHost, two: LabHost, boot: Boot, step: str
+    one: LabHost, two: LabHost, with_disk: LabGuest
 ) -> None:
-    """Nothing is committed, so the standby ends; the guest never notices."""
-    guest = boot(one)
-    with protect(guest, two, primary_env={"NOVA_PMT_FAULT": f"{step}:kill"}) as pair:
-        pair.primary.wait(lambda event: event["event"] == "gone")
-        assert pair.standby.state("cancelled", "standby_active")["state"] == "cancelled"
-    assert is_running(guest)
-    assert guest.name not in two.guests()
+    """Nothing is committed, so the standby ends, with its images; the guest never notices."""
+    guest = with_disk
+    for step in SYNC_STEPS:
+        with protect(guest, two, primary_env={"NOVA_PMT_FAULT": f"{step}:kill"}) as pair:
+            pair.primary.wait(lambda event: event["event"] == "gone", 60)
+            assert pair.standby.state("cancelled", "standby_active")["state"] == "cancelled", step
+            claim(pair)
+            recover(guest)
+        assert is_running(guest), step
+        assert guest.name not in two.guests(), step
+        assert not leftovers(two, guest), step
+        assert not two.path(DISK.path).exists(), step
 
 
 @pytest.mark.parametrize(
@@ -111,15 +132,39 @@ STANDBY_STEPS = [step for step in faultpoint.STEPS if step.startswith("standby."
 
 
 def test_standby_worker_killed_at_each_step_of_a_commit(
-    one: LabHost, two: LabHost, boot: Boot
+    one: LabHost, two: LabHost, with_disk: LabGuest
 ) -> None:
-    guest = boot(one)
+    guest = with_disk
+    client = guest.transactions(1)
     for step in STANDBY_STEPS:
         often = 150 if step == "standby.staging" else 8  # checkpoint 1 alone is 110 frames
         with protect(guest, two, standby_env={"NOVA_PMT_FAULT": f"{step}:kill:{often}"}) as pair:
             pair.primary.state("primary_alone")
             assert is_running(guest), step
         two.run(["virsh", "destroy", guest.name])  # what the agent of a dead worker does
+        client.request()
+        assert client.verify() == len(client.answered), step
+
+
+#: Before it has claimed: a primary that lives goes on.
+TAKEOVER_STEPS = ["failover.detected", "failover.disks", "failover.loaded"]
+
+
+def test_standby_worker_killed_before_it_claims(
+    one: LabHost, two: LabHost, with_disk: LabGuest
+) -> None:
+    guest = with_disk
+    for step in TAKEOVER_STEPS:
+        with protect(guest, two, standby_env={"NOVA_PMT_FAULT": f"{step}:kill"}) as pair:
+            pair.protected().rounds(3)
+            one.link("repl").down()
+            try:
+                pair.standby.wait(lambda event: event["event"] == "gone")
+                pair.primary.state("primary_alone")
+            finally:
+                one.link("repl").up()
+        two.run(["virsh", "destroy", guest.name])
+        assert is_running(guest), step
 
 
 def test_a_failure_in_the_pause_leaves_the_guest_running(
