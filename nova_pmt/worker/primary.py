@@ -210,6 +210,7 @@ class Primary(Side):
         if self._link_failure is not None:
             return
         self._link_failure = error
+        LOG.info("%s: the link has ended: %s", self._pair.uuid, error.message)
         if self._link is not None:
             self._link.close()
         with self._answered:

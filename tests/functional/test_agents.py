@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from nova_pmt.lab import Lab, LabGuest, LabHost, deployment
+from nova_pmt.lab import Disk, Lab, LabGuest, LabHost, deployment
 from tests.functional.conftest import Boot
 
 WAIT_S = 60.0
@@ -209,17 +209,23 @@ def test_too_little_memory_on_the_standby_is_refused(
     assert guest.name not in two.guests()
 
 
-def test_a_writable_disk_is_refused_before_anything_changes(
+def test_a_strangers_image_on_the_standby_is_refused_before_anything_changes(
     agents: Lab, one: LabHost, two: LabHost, boot: Boot
 ) -> None:
-    from nova_pmt.lab import Disk
-
-    one.path("/var/lib/libvirt/images").mkdir(parents=True, exist_ok=True)
-    guest = boot(one, disks=(Disk("/var/lib/libvirt/images/refused.qcow2"),))
-    result = deployment.operate(agents, "check", guest.name, "--standby", two.name, check=False)
-    assert result.returncode == 3
-    assert "DISK_NOT_REPLICATED" in result.stdout + result.stderr
-    result = deployment.operate(agents, "protect", guest.name, "--standby", two.name, check=False)
-    assert result.returncode == 3
-    assert "DISK_NOT_REPLICATED" in result.stderr
-    assert guest.name not in two.guests()
+    path = "/var/lib/libvirt/images/refused.qcow2"
+    guest = boot(one, disks=(Disk(path),))
+    stranger = two.path(path)
+    stranger.parent.mkdir(parents=True, exist_ok=True)
+    stranger.write_bytes(b"somebody else's")
+    try:
+        for verb in ("check", "protect"):
+            result = deployment.operate(
+                agents, verb, guest.name, "--standby", two.name, check=False
+            )
+            assert result.returncode == 3
+            assert "IMAGE_EXISTS" in result.stdout + result.stderr
+        assert guest.name not in two.guests()
+        assert stranger.read_bytes() == b"somebody else's"
+    finally:
+        stranger.unlink()
+        one.path(path).unlink(missing_ok=True)

@@ -16,15 +16,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest.monitor import LibvirtMonitor
-from nova_pmt.lab import LabGuest, LabHost
+from nova_pmt.lab import Disk, LabGuest, LabHost
 from tests.functional.conftest import Boot
 from tests.functional.pairs import protect
+from tests.functional.test_disks import IMAGES, leftovers
+
+DISKS = (
+    Disk(f"{IMAGES}/unprotect/a.qcow2", size_mib=56),
+    Disk(f"{IMAGES}/unprotect/b.raw", size_mib=56, format="raw", bus="scsi"),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_images(one: LabHost, two: LabHost) -> Iterator[None]:
+    """Disks are empty, and gone at the end."""
+    yield
+    for host in one, two:
+        shutil.rmtree(host.path(f"{IMAGES}/unprotect"), ignore_errors=True)
 
 
 def facts(guest: LabGuest) -> dict[str, Any]:
@@ -41,6 +57,8 @@ def facts(guest: LabGuest) -> dict[str, Any]:
                 "capabilities": monitor.execute("query-migrate-capabilities"),
                 "parameters": monitor.execute("query-migrate-parameters"),
                 "block nodes": monitor.execute("query-named-block-nodes"),
+                "block devices": monitor.execute("query-block"),
+                "exports": monitor.execute("query-block-exports"),
                 "objects": monitor.execute("qom-list", path="/objects"),
                 "character devices": sorted(
                     device["label"] for device in monitor.execute("query-chardev")
@@ -63,12 +81,16 @@ def facts(guest: LabGuest) -> dict[str, Any]:
 def test_unprotect_leaves_everything_as_it_was(
     one: LabHost, two: LabHost, boot: Boot, prepared: bool
 ) -> None:
-    guest = boot(one, shared_memory=prepared, second_monitor=prepared)
+    guest = boot(one, shared_memory=prepared, second_monitor=prepared, disks=DISKS)
+    if prepared:  # otherwise there is nothing in them to copy
+        guest.control("disk write rand 4 100 vda")
     facts(guest)  # libvirt's passthrough itself marks the domain: look once before
     before = facts(guest)
     with protect(guest, two) as pair:
         pair.protected().rounds(10)
-        assert facts(guest)["userfaultfds"]
+        during = facts(guest)
+        for what in ("userfaultfds", "block nodes", "objects", "character devices"):
+            assert during[what] != before[what]
         pair.primary.command("unprotect")
         pair.primary.state("unprotected")
         pair.standby.state("cancelled")
@@ -78,6 +100,11 @@ def test_unprotect_leaves_everything_as_it_was(
     assert not changed or set(changed) == {"state"}
     assert after["state"][0] == before["state"][0] == 1
     assert guest.name not in two.guests()
+    for host in one, two:
+        assert not leftovers(host, guest)
+    for disk in DISKS:
+        assert one.path(disk.path).exists()
+        assert not two.path(disk.path).exists()
 
 
 def test_a_guest_is_protected_again_after_unprotect(one: LabHost, two: LabHost, boot: Boot) -> None:
@@ -93,9 +120,11 @@ def test_a_guest_is_protected_again_after_unprotect(one: LabHost, two: LabHost, 
 def test_a_worker_takes_over_what_a_dead_one_left_in_qemu(
     one: LabHost, two: LabHost, boot: Boot
 ) -> None:
-    guest = boot(one)
+    guest = boot(one, disks=DISKS)
+    client = guest.transactions(1)
     with protect(guest, two) as pair:
         pair.protected().rounds(3)
+        client.request()
         pair.primary.kill()
         one.run(["virsh", "suspend", guest.name])  # so that there are no two while the test looks
         pair.standby.state("standby_active")
@@ -105,5 +134,9 @@ def test_a_worker_takes_over_what_a_dead_one_left_in_qemu(
         pair.protected().rounds(10)
         pair.primary.command("unprotect")
         pair.primary.state("unprotected")
-    assert not facts(guest)["userfaultfds"]
+    after = facts(guest)
+    for what in ("userfaultfds", "objects", "exports", "left in the runtime directory"):
+        assert not after[what], what
+    client.request()
+    assert client.verify() == 2
     assert guest.verify().startswith("ok")
