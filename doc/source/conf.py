@@ -16,7 +16,7 @@ project = "nova_pmt"
 copyright = "nova_pmt developers"
 author = "nova_pmt developers"
 
-extensions = ["openstackdocstheme"]
+extensions = ["myst_parser", "openstackdocstheme"]
 root_doc = "index"
 exclude_patterns: list[str] = []
 pygments_style = "native"
