@@ -70,10 +70,11 @@ def create_bridges(ctl: int, mtu: int) -> None:
     """The bridges in ctl (PID 1 ``ctl``), with ctl's addresses."""
     lines = ["link set lo up"]
     for net in NETWORKS:
-        # Bridges without STP and forward delay pass packets from the first moment on.
+        # Bridges without STP and forward delay pass packets from the first moment on. Without an
+        # address of its own a bridge takes one of its ports', and another when hosts come and go.
         lines += [
-            f"link add br-{net.name} mtu {_mtu(net, mtu)} type bridge stp_state 0 forward_delay 0"
-            " mcast_snooping 0",
+            f"link add br-{net.name} address {net.mac(0)} mtu {_mtu(net, mtu)} type bridge"
+            " stp_state 0 forward_delay 0 mcast_snooping 0",
             f"addr add {net.address(0)}/24 dev br-{net.name}",
             f"link set br-{net.name} up",
         ]

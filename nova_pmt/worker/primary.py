@@ -614,6 +614,12 @@ class Primary(Side):
         if answer is Type.ACTIVATED:
             self._state("standby_active", reason, **self._answers[Type.ACTIVATED])
             return
+        if answer is None:
+            # It may have said so, and ended, while we were sending what it did not read any more.
+            with contextlib.suppress(exception.ArbiterUnavailable):
+                if self._arbiter.winner(self._pair.uuid, self._pair.generation) == "standby":
+                    self._state("standby_active", f"{reason}; the standby's answer was lost")
+                    return
         self.agent.tell("error", error=error.to_dict())
         self._state("error", f"{reason}; the standby did not say that it goes on")
 
