@@ -37,6 +37,8 @@ MAGIC = b"PMT-LAB-COUNTER\0"
 PAGE = 4096
 _FIELDS = struct.Struct("<QQ")  # counter, boot id; at offset 16
 EVERY_S = 0.002
+#: A counter that stands still for so long, in seconds, may have been moved.
+MOVED_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,24 +84,49 @@ class Witness:
         self._thread = threading.Thread(target=self._watch, name="witness", daemon=True)
         self.samples: list[Sample] = []
 
-    def _find(self) -> int:
-        at = self._map.find(MAGIC)
+    def _places(self) -> list[int]:
+        """Where memory looks like the counter's page."""
+        found, at = [], self._map.find(MAGIC)
         while at >= 0:
             if at % PAGE == 0 and _FIELDS.unpack_from(self._map, at + 16)[1]:
-                return at
+                found.append(at)
             at = self._map.find(MAGIC, at + 1)
-        return -1
+        return found
+
+    def _value(self, at: int) -> int:
+        return int(_FIELDS.unpack_from(self._map, at + 16)[0])
+
+    def _find(self) -> int:
+        """The counter's page. The guest's kernel may move it (compaction), and what it leaves
+        behind looks the same, but counts no more."""
+        before = {at: self._value(at) for at in self._places()}
+        if len(before) > 1:
+            self._end.wait(0.1)
+        return max(before, key=lambda at: (self._value(at) != before[at], before[at]), default=-1)
 
     def _watch(self) -> None:
+        changed = time.monotonic()
         while not self._end.wait(EVERY_S):
-            if self._at < 0:
-                self._at = self._find()
+            if self._at < 0 or time.monotonic() - changed > MOVED_S:
+                self._at, changed = self._find(), time.monotonic()
                 if self._at < 0:
                     self._end.wait(0.2)
                 continue
-            value = _FIELDS.unpack_from(self._map, self._at + 16)[0]
+            value = self._value(self._at)
             if not self.samples or self.samples[-1].counter != value:
-                self.samples.append(Sample(time.monotonic(), value))
+                changed = time.monotonic()
+                self.samples.append(Sample(changed, value))
+
+    def wait_found(self, timeout_s: float = 20.0) -> None:
+        """Return once the counter is being watched.
+
+        :raises LabError: it was not found.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.samples:
+            if time.monotonic() > deadline:
+                raise LabError(f"no counter in the standby's memory after {timeout_s:.0f} s")
+            time.sleep(EVERY_S)
 
     def lost_ticks(self) -> int:
         """Ticks of committed checkpoints that the counter fell back behind; 0 is right."""

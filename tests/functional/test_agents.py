@@ -25,6 +25,7 @@ import pytest
 
 from nova_pmt.lab import Disk, Lab, LabGuest, LabHost, deployment
 from tests.functional.conftest import Boot
+from tests.functional.test_disks import IMAGES, leftovers
 
 WAIT_S = 60.0
 
@@ -95,13 +96,17 @@ def test_protect_fail_over_and_protect_again(
 def test_a_dead_worker_leaves_the_guest_running_and_is_replaced(
     agents: Lab, one: LabHost, two: LabHost, boot: Boot
 ) -> None:
-    guest = boot(one)
+    guest = boot(one, disks=(Disk(f"{IMAGES}/dead-worker/a.qcow2", size_mib=56),))
+    client = guest.transactions(1)
     deployment.operate(agents, "protect", guest.name, "--standby", two.name)
     view = eventually(lambda: primary_view(agents, guest, "protected"))
     generation = view["generation"]
+    client.request()
     os.kill(one.outside_pid(view["worker_pid"]), signal.SIGKILL)
+    client.request()  # its answer waits until the agent has decided
     again = protected_after(agents, guest, generation)
     assert again["primary_host"] == one.name
+    assert client.verify() == 2
     assert guest.verify().startswith("ok")
     assert guest.name in one.guests()
     deployment.operate(agents, "unprotect", guest.name)
@@ -229,3 +234,46 @@ def test_a_strangers_image_on_the_standby_is_refused_before_anything_changes(
     finally:
         stranger.unlink()
         one.path(path).unlink(missing_ok=True)
+
+
+def test_disks_and_devices_that_are_plugged_in(
+    agents: Lab, one: LabHost, two: LabHost, boot: Boot
+) -> None:
+    """Protected again by itself, with what is new; then through failovers, each way."""
+    disk, plugged = (
+        Disk(f"{IMAGES}/agents/{name}.qcow2", size_mib=56) for name in ("a", "plugged")
+    )
+    guest = boot(one, disks=(disk,), machine="pc")
+    mac = "52:54:00:77:00:02"
+    one.run(["qemu-img", "create", "-q", "-f", "qcow2", plugged.path, f"{plugged.size_mib}M"])
+    client = guest.transactions(1)
+    deployment.operate(agents, "protect", guest.name, "--standby", two.name)
+    image = (plugged.path, "vdb", "--driver", "qemu", "--subdriver", "qcow2", "--cache", "none")
+    nic = ("bridge", "br-data", "--mac", mac, "--model", "virtio")
+    for what, words in (("attach-disk", image), ("attach-interface", nic)):
+        one.run(["virsh", what, guest.name, *words, "--live"])
+        client.request()
+
+    def covered() -> bool:
+        stats = (primary_view(agents, guest, "protected") or {}).get("stats") or {}
+        nics = {entry["mac"] for entry in stats.get("network", ())}
+        disks = {entry["disk"] for entry in stats.get("disks", ())}
+        return nics == {guest.spec.mac, mac} and disks == {"vda", "vdb"}
+
+    eventually(covered)
+    for here, there in ((one, two), (two, one)):
+        assert guest.control("disk write seq 4 8 vdb").startswith("ok")
+        os.kill(guest.on(here).pid, signal.SIGKILL)
+        client.request()
+        assert client.verify() == len(client.answered)
+        eventually(lambda: not status(agents, guest))
+        deployment.operate(agents, "protect", guest.name, "--standby", here.name)
+        assert guest.name in there.guests()
+    deployment.operate(agents, "unprotect", guest.name)
+    for each in (disk, plugged):
+        assert one.path(each.path).exists()
+        assert not two.path(each.path).exists()
+    for host in one, two:
+        assert not leftovers(host, guest)
+    client.request()
+    assert client.verify() == len(client.answered)

@@ -37,7 +37,7 @@ def fail_over(guest: LabGuest, pair: WorkerPair, to: LabHost) -> LabGuest:
     """Kill QEMU, see the standby go on from the last commit, and check what the guest says."""
     boot = guest.boot_id()
     with Witness(to, guest.uuid) as witness:
-        time.sleep(0.3)  # the witness finds the counter
+        witness.wait_found()
         kill_qemu(guest)
         event = pair.standby.state("standby_active", "cancelled", "error")
         assert event["state"] == "standby_active", event
@@ -50,7 +50,8 @@ def fail_over(guest: LabGuest, pair: WorkerPair, to: LabHost) -> LabGuest:
         before, after = witness.last_before(running), witness.first_after(running)
         assert before is not None
         assert after is not None
-        assert after.counter <= before.counter + 20  # from there, and not from somewhere else
+        # From there, and not from somewhere else. (A tick is 10 ms; we may look late.)
+        assert after.counter <= before.counter + 20 + (after.at - running) * 100
     return survivor
 
 

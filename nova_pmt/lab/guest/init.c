@@ -118,6 +118,8 @@ void start_machine(void)
     mount("sysfs", "/sys", "sysfs", 0, NULL);
     load_modules("/modules/order");
     start_interface("lo", NULL);
+    /* Compaction would move the counter's page, which hosts watch where they have found it. */
+    write_file("/proc/sys/vm/compact_unevictable_allowed", "0");
     /* Say so when the address is up: the neighbours may know it from an earlier guest. */
     write_file("/proc/sys/net/ipv4/conf/default/arp_notify", "1");
     write_file("/proc/sys/net/ipv4/conf/all/arp_notify", "1");

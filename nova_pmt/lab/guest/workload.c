@@ -32,6 +32,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -138,6 +139,8 @@ int main(void)
 
     signal(SIGPIPE, SIG_IGN);
     start_machine();
+    if (mlock((const void *)&page, sizeof page))
+        fprintf(stderr, "ERROR mlock: %s\n", strerror(errno));
     console = open("/dev/console", O_WRONLY | O_NOCTTY | O_CLOEXEC);
     /* Reading /dev/urandom this early would gather entropy first: a second under TCG. The
      * pool alone may be the same at each boot, but the clocks never are. */
