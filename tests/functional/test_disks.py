@@ -282,11 +282,11 @@ def test_images_after_a_switchover_and_after_a_failover_back_over_the_old_ones(
 
 
 def test_after_a_short_break_only_what_has_changed_is_copied(subject: Subject) -> None:
-    subject.write(16 * KIB)
+    subject.write(8 * KIB)
     with protect(subject.guest, subject.there) as pair:
         pair.protected()
         full = copied_bytes(pair)
-        assert full > 32 * MIB
+        assert full > 16 * MIB
         subject.write()
         with subject.writing():
             pair.standby.close()  # as when its agent is restarted
@@ -316,7 +316,7 @@ def test_after_a_short_break_only_what_has_changed_is_copied(subject: Subject) -
 
 def test_images_that_nobody_answers_for_are_copied_in_full(subject: Subject) -> None:
     """A standby's worker that was killed, an image that was touched, one of another pair."""
-    subject.write(16 * KIB)
+    subject.write(8 * KIB)
     with protect(subject.guest, subject.there) as pair:
         pair.protected()
         full = copied_bytes(pair)

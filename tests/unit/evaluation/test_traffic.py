@@ -124,7 +124,7 @@ def test_a_connection_that_breaks_is_told_and_replaced(traffic: Traffic, server:
 def test_everybody_can_be_replaced(traffic: Traffic, server: Server) -> None:
     traffic.reconnect(everybody=True)
     traffic.go(0.0)
-    time.sleep(0.01)
+    time.sleep(0.5)
     assert traffic.quiesce() == []
     assert {exchange.client for exchange in traffic.take()} == {4, 5, 6}
 
