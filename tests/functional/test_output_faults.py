@@ -315,12 +315,7 @@ def test_an_io_error_of_the_primarys_image(subject: Subject) -> None:
     assert goes_on(subject) >= full > 0
 
 
-def test_devices_that_are_plugged_in_and_out(subject: Subject) -> None:
-    """Protection ends with each change, and the next one covers what there is then."""
-    guest, here = subject.guest, subject.here
-    mac = "52:54:00:77:00:01"
-
-    def change(what: str, *words: str) -> None:
+def change(what: str, *words: str) -> None:
         here.run(["virsh", what, guest.name, *words, "--live"])
 
     def change_protected(nics: set[str], disks: set[str], what: str, *words: str) -> None:
