@@ -315,27 +315,6 @@ def test_an_io_error_of_the_primarys_image(subject: Subject) -> None:
     assert goes_on(subject) >= full > 0
 
 
-def change(what: str, *words: str) -> None:
-        here.run(["virsh", what, guest.name, *words, "--live"])
-
-    def change_protected(nics: set[str], disks: set[str], what: str, *words: str) -> None:
-        with protect(guest, subject.there) as pair:
-            stats = pair.protected().rounds(1)
-            assert {entry["mac"] for entry in stats["network"]} == nics
-            assert {entry["disk"] for entry in stats["disks"]} == disks
-            change(what, *words)
-            assert pair.primary.error()["code"] == "DEVICES_CHANGED"
-            pair.primary.state("primary_alone")
-            pair.standby.state("cancelled")
-        subject.request(2)
-
-    nics, disks = {guest.spec.mac}, {"vda"}
-    bridge = ("bridge", "br-data", "--mac", mac, "--model", "virtio")
-    change_protected(nics, disks, "attach-interface", *bridge)
-    change_protected({*nics, mac}, disks, "detach-interface", "bridge", "--mac", mac)
-    assert subject.client.verify() == len(subject.client.answered)
-
-
 def test_a_full_egress_buffer(lab: Lab, subject: Subject) -> None:
     """What is too much is dropped, as a full switch would, and connections live on."""
     config = configured(lab, "little-buffer", LITTLE_BUFFER)
