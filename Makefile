@@ -3,16 +3,20 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+OPENSTACK_BIN := .venv-openstack/bin
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+OPENSTACK_DEMO_ARGS ?=
+TRIALS ?= 500
+SEED ?=
 CAMPAIGN_ARGS ?=
 BENCH_ARGS ?= --memory 128,4096 --dirty 1000,5000,20000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit bench campaign lint genconfig docs clean distclean
+.PHONY: help setup demo openstack-setup openstack-demo openstack-test test unit bench campaign campaign-output lint genconfig docs clean distclean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## System packages and .venv (the others call this; quick when done)
 	@tools/setup.sh
@@ -20,6 +24,17 @@ setup: ## System packages and .venv (the others call this; quick when done)
 demo: setup ## Protect a guest, kill its host's QEMU, see it go on; writes build/demo/
 	@mkdir -p build/demo
 	$(BIN)/nova-pmt-lab demo $(DEMO_ARGS)
+
+openstack-setup: ## System packages and .venv-openstack, with all of OpenStack's services
+	@tools/setup.sh openstack
+
+openstack-demo: openstack-setup ## A real Nova: protect a server, kill its host, see it go on; writes build/openstack-demo/
+	@mkdir -p build/openstack-demo
+	$(OPENSTACK_BIN)/nova-pmt-lab openstack-demo $(OPENSTACK_DEMO_ARGS)
+
+openstack-test: openstack-setup ## Tests against a real Nova, as root (15 minutes)
+	@mkdir -p build/test
+	$(OPENSTACK_BIN)/pytest tests/integration --durations=10 --junitxml=build/test/junit-openstack.xml $(PYTEST_ARGS)
 
 test: setup ## ruff, then unit and functional tests (functional: as root)
 	$(BIN)/ruff check .
@@ -33,9 +48,14 @@ bench: setup ## Measure pauses against their floor; writes build/bench/pause.jso
 	@mkdir -p build/bench
 	$(BIN)/nova-pmt-bench pause $(BENCH_ARGS) --json build/bench/pause.json
 
-campaign: setup ## 500 random failures under requests; writes build/campaign/ (an hour)
+campaign: setup ## All kinds of faults under requests: TRIALS=500 SEED=n; writes build/campaign/
 	@mkdir -p build/campaign
-	$(BIN)/nova-pmt-campaign run $(CAMPAIGN_ARGS)
+	$(BIN)/nova-pmt-campaign faults --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) $(CAMPAIGN_ARGS)
+
+campaign-output: setup ## Kills alone, between two hosts without managers; writes build/campaign-output/
+	@mkdir -p build/campaign-output
+	$(BIN)/nova-pmt-campaign run --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) \
+	  --directory build/campaign-output $(CAMPAIGN_ARGS)
 
 lint: setup ## ruff, bashate, codespell, mypy
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/lint.sh
@@ -59,4 +79,4 @@ clean: ## Remove what runs wrote (build/), keep .venv
 	find nova_pmt tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well
-	rm -rf $(VENV) .tox ./*.egg-info
+	rm -rf $(VENV) .venv-openstack .tox ./*.egg-info

@@ -140,6 +140,16 @@ class HostUnreachable(Refusal):
     cure = "Check that nova-pmt-agent runs on that host and reaches the message bus."
 
 
+class UnknownHost(Refusal):
+    code = "UNKNOWN_HOST"
+    cure = "Use 'nova-pmt hosts' to see which hosts there are."
+
+
+class NoStandbyHost(Refusal):
+    code = "NO_STANDBY_HOST"
+    cure = "Bring a host back, or add one; the server is protected again as soon as one fits."
+
+
 class TooLittleMemory(Refusal):
     code = "TOO_LITTLE_MEMORY"
     cure = "Choose a standby host with more free memory, or enlarge its memory_backing_dir."
@@ -204,6 +214,26 @@ class NoEgressBuffer(Refusal):
 class ArbiterUnavailable(PmtError):
     code = "ARBITER_UNAVAILABLE"
     cure = "Make [arbiter] directory a directory that both hosts mount and may write."
+
+
+class FencingFailed(ArbiterUnavailable):
+    code = "FENCING_FAILED"
+    cure = "Turn the host off by hand, or correct [manager] fence_command; the standby asks again."
+
+
+class DatabaseUnavailable(ArbiterUnavailable):
+    code = "DATABASE_UNAVAILABLE"
+    cure = "Check [database] connection and the database server; whoever waits goes on by itself."
+
+
+class NovaUnavailable(PmtError):
+    code = "NOVA_UNAVAILABLE"
+    cure = "Check Nova, Placement, Neutron and Keystone; the managers ask again by themselves."
+
+
+class NovaRefused(PmtError):
+    code = "NOVA_REFUSED"
+    cure = "The message is the service's own; correct what it names. It is tried again by itself."
 
 
 class PeerError(PmtError):
@@ -289,6 +319,11 @@ class WorkerDied(PmtError):
 class ConfigError(PmtError):
     code = "CONFIG_ERROR"
     cure = "Correct the option in nova-pmt.conf and restart nova-pmt-agent."
+
+
+class NovaMissing(PmtError):
+    code = "NOVA_MISSING"
+    cure = "Run it with a Python that has Nova: pip install nova==34.0.0 'SQLAlchemy<2.1'."
 
 
 class LabError(PmtError):

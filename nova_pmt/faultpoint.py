@@ -56,7 +56,18 @@ STEPS = (
     "switchover.paused",
     "switchover.committed",
     "switchover.ordered",
+    "nova.create",
+    "nova.protect",
+    "nova.rebind",
+    "nova.force_down",
+    "nova.free",
+    "nova.evacuate",
+    "nova.await",
+    "nova.delete",
+    "nova.settle",
 )
+#: Those of them at which workers, and not managers, can be made to die.
+WORKER_STEPS = tuple(step for step in STEPS if not step.startswith("nova."))
 
 
 def _parse(text: str) -> tuple[str, str, int]:

@@ -15,6 +15,9 @@
 # From a fresh Debian 12 with make and git to a .venv that can run the demo and
 # the tests. Does nothing, quickly, when nothing changed since the last time.
 # PYTHON=python3.12 tools/setup.sh chooses the interpreter of a new .venv.
+# `tools/setup.sh openstack` does the same for .venv-openstack, in which the
+# lab's cloud runs: OpenStack's services as tools/openstack/requirements.lock
+# pins them, and nova_pmt. It needs Python 3.11 or later.
 
 set -euo pipefail
 
@@ -22,13 +25,27 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
 python=${PYTHON:-python3}
-venv=$root/.venv
+variant=${1:-}
+venv=$root/.venv${variant:+-$variant}
 stamp=$venv/.setup-stamp          # what the environment was made from
 wanted=$venv/.setup-packages      # system packages that bindep asked for
 logs=$root/build/setup
 policy=/usr/sbin/policy-rc.d
 policy_is_ours=no
 profiles=(compile lab test)
+requirements=(-r requirements.txt -r test-requirements.txt)
+files=(requirements.txt test-requirements.txt)
+oldest=10                         # Python 3.x
+case $variant in
+    '') ;;
+    openstack)
+        profiles+=(openstack)
+        requirements=(-r tools/openstack/requirements.lock)
+        files=(tools/openstack/requirements.lock)
+        oldest=11
+        ;;
+    *) echo "usage: $0 [openstack]" >&2; exit 2 ;;
+esac
 
 say() { printf '==> %s\n' "$*"; }
 
@@ -53,7 +70,7 @@ trap 'exit 143' TERM
 
 fingerprint() {
     # The path too: console scripts name it, so a moved .venv is another one.
-    { echo "$root"; sha256sum requirements.txt test-requirements.txt bindep.txt \
+    { echo "$root"; sha256sum "${files[@]}" bindep.txt \
         pyproject.toml setup.cfg tools/setup.sh; } | sha256sum | cut -d' ' -f1
 }
 
@@ -120,16 +137,18 @@ apt_install() { # packages
 }
 
 pip_install() { # what, pip arguments
-    local what=$1
+    local what=$1 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
     shift
-    "$venv/bin/python" -m pip --disable-pip-version-check install -q "$@" \
-        >"$logs/pip.log" 2>&1 9>&- \
+    if [[ -x $venv/bin/uv ]]; then
+        pip=(env VIRTUAL_ENV="$venv" "$venv/bin/uv" pip)
+    fi
+    "${pip[@]}" install -q "$@" >"$logs/pip.log" 2>&1 9>&- \
         || failed "$logs/pip.log" "pip could not install $what" \
             "check the network and pip's index or proxy (pip config list), then run make again"
 }
 
 python_works() { # interpreter: does it run, and is it new enough?
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+    "$1" -c "import sys; sys.exit(sys.version_info < (3, $oldest))" 2>/dev/null
 }
 
 started=$SECONDS
@@ -145,14 +164,14 @@ if ! command -v "$python" >/dev/null || ! "$python" -c 'import ensurepip, venv' 
     apt_install python3 python3-venv
 fi
 python_works "$python" || die \
-    "$python is $("$python" -V 2>&1), nova_pmt needs Python 3.10 or later" \
+    "$python is $("$python" -V 2>&1), this needs Python 3.$oldest or later" \
     "use Debian 12, or name another interpreter: make PYTHON=python3.11 ..."
 
 # A half-made environment, one whose interpreter was upgraded away, or one that
 # was moved here does not work: make it anew.
 if ! python_works "$venv/bin/python" || ! "$venv/bin/python" -m pip -V >/dev/null 2>&1 \
     || [[ $("$venv/bin/python" -c 'import sys; print(sys.prefix)') != "$venv" ]]; then
-    say "making the virtual environment .venv with $("$python" -V)"
+    say "making the virtual environment ${venv##*/} with $("$python" -V)"
     rm -rf "$venv"
     "$python" -m venv "$venv" 9>&- || die "$python -m venv failed" "read the lines above"
 fi
@@ -183,9 +202,13 @@ if [[ -z ${PBR_VERSION:-} && ! -e PKG-INFO ]] && ! git rev-parse -q --verify HEA
     export PBR_VERSION=0.0.0
 fi
 
-say "installing the Python packages into .venv (first time: about a minute)"
-pip_install "the requirements" -r requirements.txt -r test-requirements.txt
-pip_install "nova_pmt itself" -e .
+say "installing the Python packages into ${venv##*/} (first time: about a minute)"
+if [[ $variant == openstack && ! -x $venv/bin/uv ]]; then
+    # 180 packages: pip takes a minute for them, uv ten seconds.
+    pip_install uv 'uv>=0.5'
+fi
+pip_install "the requirements" "${requirements[@]}"
+pip_install "nova_pmt itself" --no-deps -e .
 
 mv "$wanted.new" "$wanted"
 fingerprint >"$stamp"

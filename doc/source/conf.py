@@ -18,7 +18,6 @@ author = "nova_pmt developers"
 
 extensions = ["myst_parser", "openstackdocstheme"]
 root_doc = "index"
-exclude_patterns: list[str] = []
 pygments_style = "native"
 
 html_theme = "openstackdocs"

@@ -14,52 +14,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
-from oslo_log import log
-
-from nova_pmt import exception
+from nova_pmt import rpc
 from nova_pmt.agent import rpcapi
 from nova_pmt.agent.service import AgentService
 from nova_pmt.messaging import oslo_messaging
-
-LOG = log.getLogger(__name__)
-
-Envelope = dict[str, Any]
-
-
-def enveloped(operation: Callable[..., Any]) -> Callable[..., Envelope]:
-    """Answer with ``{"result": ...}`` or ``{"error": ...}``, and never raise."""
-
-    @functools.wraps(operation)
-    def answer(self: Endpoint, ctxt: dict[str, Any], **arguments: Any) -> Envelope:
-        name = operation.__name__
-        try:
-            try:
-                call = functools.partial(operation, self, **arguments)
-                return {"result": call()}
-            except TypeError as error:
-                if error.__traceback__ is not None and error.__traceback__.tb_next is None:
-                    # It comes from the call itself: the caller's arguments do not fit.
-                    raise exception.InvalidInput(f"{name}: {error}") from error
-                raise
-        except exception.PmtError as error:
-            LOG.info("%s(%s): %s", name, arguments.get("domain", arguments.get("uuid", "")), error)
-            return {"error": error.to_dict()}
-        except Exception as error:
-            LOG.exception("%s failed", name)
-            internal = exception.PmtError(f"{name} failed: {error!r}", code="INTERNAL")
-            return {"error": internal.to_dict()}
-
-    return answer
+from nova_pmt.rpc import enveloped
 
 
 class Endpoint:
     """RPC methods, version 1.0; :class:`nova_pmt.agent.rpcapi.AgentAPI` documents them."""
 
-    target = oslo_messaging.Target(version=rpcapi.VERSION)
+    target = oslo_messaging.Target(version=rpc.VERSION)
 
     def __init__(self, service: AgentService) -> None:
         self._service = service
@@ -112,6 +79,10 @@ class Endpoint:
         return self._service.unprotect(domain)
 
     @enveloped
+    def move_standby(self, domain: str, standby_host: str) -> Any:
+        return self._service.move_standby(domain, standby_host)
+
+    @enveloped
     def failover(self, domain: str, force: bool = False) -> Any:
         return self._service.failover(domain, force)
 
@@ -126,9 +97,4 @@ class Endpoint:
 
 def server(transport: Any, host: str, endpoint: Endpoint) -> Any:
     """The RPC server of this host, not started."""
-    return oslo_messaging.get_rpc_server(
-        transport,
-        oslo_messaging.Target(exchange=rpcapi.EXCHANGE, topic=rpcapi.TOPIC, server=host),
-        [endpoint],
-        executor="threading",
-    )
+    return rpc.server(transport, rpcapi.TOPIC, host, endpoint)

@@ -24,6 +24,7 @@ from nova_pmt.agent.control import Pair, PrimarySpec
 from nova_pmt.agent.pairs import Entry
 from nova_pmt.agent.parts import Parts
 from nova_pmt.agent.supervisor import Worker
+from nova_pmt.arbiter.base import Arrangement
 
 LOG = log.getLogger(__name__)
 
@@ -50,6 +51,16 @@ class Beginner:
             cure="Set this host's clock right (NTP), then try again.",
         )
 
+    def announce(self, entry: Entry) -> None:
+        """Begin the generation at the arbiter; can be done again.
+
+        :raises nova_pmt.exception.PmtError: another host has the guest, or nobody could be asked.
+        """
+        record = entry.record
+        self._parts.arbiter.begin(
+            Arrangement(**asdict(entry.pair), strategy=record.strategy, options=record.options)
+        )
+
     def start(self, entry: Entry) -> Worker:
         """Make the standby, then start the worker; undo both, in reverse, when it fails.
 
@@ -57,7 +68,9 @@ class Beginner:
         :raises nova_pmt.exception.PmtError: it failed and was undone.
         """
         parts, pair = self._parts, entry.pair
+        record = entry.record
         description = parts.host.describe(pair.uuid)
+        self.announce(entry)
         with contextlib.ExitStack() as undo:
             # Before the call: when only its answer gets lost the standby exists all the same.
             undo.callback(self.released, pair)
@@ -68,7 +81,6 @@ class Beginner:
                 layout=description.layout,
                 disks=description.disks,
             )
-            record = entry.record
             spec = PrimarySpec(
                 pair, str(place["address"]), int(place["port"]), record.strategy, record.options
             )

@@ -61,6 +61,16 @@ class Host(Protocol):
     def domains(self) -> list[DomainInfo]:
         """Every domain that libvirt knows here."""
 
+    def facts(self) -> dict[str, Any]:
+        """What the managers go by: ``memory_free_bytes`` and ``cpu_model`` for the choice of a
+        standby's host, ``running`` (UUIDs) for pairs whose agent knows nothing of them.
+        """
+
+    def abilities(self) -> dict[str, Any]:
+        """What hardly ever changes: ``cpu_model``, ``machine_types``, and whether the kernel has
+        what ``plug`` needs, of that name.
+        """
+
     def check(self, uuid: str) -> tuple[list[Refusal], list[str]]:
         """Why the domain cannot be protected (all reasons), and what to be warned of."""
 
@@ -88,6 +98,11 @@ class Host(Protocol):
     def let_go(self, uuid: str) -> None:
         """Forget all that was kept for the next synchronisation: protection is not wanted any more.
         Idempotent.
+        """
+
+    def holds_state(self, uuid: str, generation: int) -> bool:
+        """Whether our standby of that generation has loaded its state: its worker may have claimed,
+        and :meth:`finish_takeover` could let it run.
         """
 
     def finish_takeover(self, uuid: str) -> bool:

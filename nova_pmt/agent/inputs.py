@@ -96,9 +96,14 @@ def flag(value: Any, what: str) -> bool:
     return value
 
 
+def word(value: Any, what: str) -> str:
+    """A name of ours: small letters, digits, hyphens."""
+    return _matches(_WORD, value, what)
+
+
 def strategy(value: Any, known: frozenset[str]) -> str:
     """The name of a strategy that is installed."""
-    name = _matches(_WORD, value, "a strategy's name")
+    name = word(value, "a strategy's name")
     if name not in known:
         raise InvalidInput(
             f"there is no strategy {name!r}",

@@ -15,6 +15,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +35,7 @@ from nova_pmt.guest.disk.spec import DiskSpec
 from nova_pmt.guest.domain import Domain
 from nova_pmt.guest.execution import SAVE
 from nova_pmt.guest.monitor import Monitor
-from nova_pmt.guest.network import choose
+from nova_pmt.guest.network import choose, tapredirect
 from nova_pmt.guest.tracker import MemoryTracker
 from nova_pmt.plugins import load_class
 from nova_pmt.standby import domainxml
@@ -51,6 +53,8 @@ LOG = log.getLogger(__name__)
 MONITOR_TIMEOUT_S = 2.0
 #: On top of the guest's memory: QEMU itself, and what is staged.
 STANDBY_OVERHEAD_BYTES = 192 << 20
+#: States of a QEMU that has not loaded what it was to go on from.
+_INCOMING = frozenset({"inmigrate", "finish-migrate"})
 
 
 class LibvirtHost:
@@ -100,6 +104,33 @@ class LibvirtHost:
         with domain.monitor(self._conf.guest.runtime_directory, MONITOR_TIMEOUT_S) as monitor:
             yield monitor
 
+    def facts(self) -> dict[str, Any]:
+        """See the interface."""
+        try:
+            connection = self._connect()
+            capabilities = ET.fromstring(connection.getCapabilities())
+            return {
+                "memory_free_bytes": int(connection.getFreeMemory()),
+                "cpu_model": capabilities.findtext("host/cpu/model", ""),
+                "running": [info.uuid for info in self.domains() if info.running],
+            }
+        except (libvirt.libvirtError, ET.ParseError) as error:
+            raise exception.GuestError(f"libvirt does not tell of this host: {error}") from error
+
+    def abilities(self) -> dict[str, Any]:
+        """See the interface."""
+        try:
+            capabilities = ET.fromstring(self._connect().getCapabilities())
+        except (libvirt.libvirtError, ET.ParseError) as error:
+            raise exception.GuestError(f"libvirt does not tell of this host: {error}") from error
+        machine = os.uname().machine
+        types = capabilities.iterfind(f"guest/arch[@name='{machine}']/machine")
+        return {
+            "cpu_model": capabilities.findtext("host/cpu/model", ""),
+            "machine_types": sorted({kind.text for kind in types if kind.text}),
+            "plug": not tapredirect.missing_feature(),
+        }
+
     def check(self, uuid: str) -> tuple[list[Refusal], list[str]]:
         """See the interface."""
         domain = self._find(uuid)
@@ -107,6 +138,7 @@ class LibvirtHost:
             return [exception.NotRunning(f"domain {domain.name} is not running")], []
         xml = domain.xml()
         refusals = [*checks.refusals(xml), *checks.disk_problems(xml)]
+        refusals += self._autostart_problems(domain)
         for problem in self._tracker_problems(), self._qemu_problems(domain):
             refusals += problem
         warnings = checks.warnings(xml)
@@ -114,6 +146,23 @@ class LibvirtHost:
             with self._monitor(domain) as monitor:
                 warnings += discover.warnings(monitor)
         return refusals, warnings
+
+    @staticmethod
+    def _autostart_problems(domain: Domain) -> list[Refusal]:
+        """libvirt would start what it has defined before any agent could ask who won."""
+        try:
+            if not domain.handle.autostart():
+                return []
+        except libvirt.libvirtError as error:
+            raise exception.GuestError(f"domain {domain.name}: {error}") from error
+        return [
+            Refusal(
+                f"libvirt starts domain {domain.name} with its host (autostart): when a lost host "
+                "returns, that would be a second copy",
+                code="AUTOSTART",
+                cure=f"virsh autostart --disable {domain.name}",
+            )
+        ]
 
     def _tracker_problems(self) -> list[Refusal]:
         try:
@@ -169,20 +218,33 @@ class LibvirtHost:
         specs = [DiskSpec.from_dict(disk) for disk in disks]
         if specs:
             found += standby_disks(self._conf, uuid, specs).check()
+        with contextlib.suppress(exception.UnknownDomain):  # it has run here before
+            found += self._autostart_problems(self._find(uuid))
         found += self._tracker_problems()  # it must be able to protect the guest after a failover
         return found
 
     def recover(self, uuid: str) -> None:
         """See the interface."""
         domain = self._find(uuid)
-        try:
-            self._recover_output(domain)
-        finally:
-            self._let_run(domain)
+        with contextlib.ExitStack() as stack:  # each is done, whatever becomes of those before it
+            stack.callback(self._let_run, domain)
+            stack.callback(self._recover_output, domain)
+            self._recover_prelude(domain)
+
+    def _recover_prelude(self, domain: Domain) -> None:
+        """First: while a migration is under way, QEMU refuses much."""
+        directory = guest_domain.guest_directory(
+            self._conf.guest.runtime_directory, domain.uuid, domain.pid()
+        )
+        with self._monitor(domain) as monitor:
+            prelude.recover(monitor, directory)
 
     def _let_run(self, domain: Domain) -> None:
         """Let a guest go on that its worker had stopped."""
-        state, reason = domain.handle.state()
+        try:
+            state, reason = domain.handle.state()
+        except libvirt.libvirtError as error:
+            raise exception.GuestError(f"domain {domain.name}: {error}") from error
         # libvirt saw a STOP that nobody asked it for; an operator's pause has reason USER.
         if state == libvirt.VIR_DOMAIN_PAUSED and reason != libvirt.VIR_DOMAIN_PAUSED_USER:
             LOG.warning("%s: its worker died in a pause; letting it run", domain.uuid)
@@ -212,6 +274,18 @@ class LibvirtHost:
                 )
         forget_primary(self._conf, uuid)
 
+    def holds_state(self, uuid: str, generation: int) -> bool:
+        """See the interface."""
+        try:
+            domain = self._find(uuid)
+            mark = domainxml.read_mark(domain.xml())
+        except (exception.UnknownDomain, exception.GuestGone):
+            return False
+        if not domain.active or mark is None or mark.generation != generation:
+            return False
+        with self._monitor(domain) as monitor:
+            return monitor.execute("query-status")["status"] not in _INCOMING
+
     def finish_takeover(self, uuid: str) -> bool:
         """See the interface."""
         try:
@@ -222,7 +296,7 @@ class LibvirtHost:
             return False
         with self._monitor(domain) as monitor:
             status = monitor.execute("query-status")["status"]
-            if status in ("inmigrate", "finish-migrate"):
+            if status in _INCOMING:
                 return False
             if status != "running":
                 LOG.warning("%s: won, but its worker died: letting it run", uuid)

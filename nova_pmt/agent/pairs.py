@@ -65,6 +65,8 @@ class Entry:
         self.worker: Worker | None = None
         #: The worker has taken up the pair: from here on its standby may come to hold a checkpoint.
         self.begun = False
+        #: The arbiter knows of the generation.
+        self.announced = True
         self.gone = False
         #: What an operator has asked for and is not done yet.
         self.activity: str | None = None
@@ -76,6 +78,8 @@ class Entry:
         #: Failures to protect since it was protected last; decides the back-off.
         self.failures = 0
         self.next_attempt: float | None = None
+        #: Where its next standby shall be, if not where the last one was.
+        self.next_standby: str | None = None
         self._clock = clock
         self._on_change = on_change
         self._save = save
@@ -101,6 +105,7 @@ class Entry:
             self.since = self._clock.wall()
             if state == "protected":
                 self.failures, self.last_error, self.progress = 0, None, None
+                self.next_standby = None
             self._on_change(self, previous)
             self.changed.notify_all()
 
@@ -156,6 +161,27 @@ class Entry:
                 self.last_error = outcome.error
             self.changed.notify_all()
 
+    def failed(self, error: Exception) -> exception.PmtError:
+        """Take note of an error of whatever kind: none may end the watch over a pair.
+
+        :returns: it, as one of ours.
+        """
+        with self.changed:
+            known, ours = self.last_error, error
+            if not isinstance(ours, exception.PmtError):
+                ours = exception.GuestError(f"{type(error).__name__}: {error}")
+                if known is None or known.message != ours.message:  # else it is asked again
+                    LOG.error("%s: nobody thought of this error", self.uuid, exc_info=error)
+            self.last_error = ours
+            return ours
+
+    def undecided(self, error: exception.PmtError) -> None:
+        """The arbiter or libvirt does not answer; it is asked again."""
+        with self.changed:
+            if self.state != "undecided" or self.reason != error.message:
+                LOG.error("%s: undecided: %s", self.uuid, error)
+                self.transition("undecided", error.message)
+
     def view(self, host: str) -> dict[str, Any]:
         """The pair as it is shown to operators."""
         with self.changed:
@@ -204,6 +230,11 @@ class Pairs:
         self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
         self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=_RECENT)
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call this after each change of a state; it must not wait for anything."""
+        self._listeners.append(listener)
 
     def __iter__(self) -> Iterator[Entry]:
         with self._lock:
@@ -249,7 +280,11 @@ class Pairs:
             entry.gone = True
             if entry.state != state:
                 entry.transition(state, reason, **details)
-            self._store.remove(entry.uuid)
+            try:
+                self._store.remove(entry.uuid)
+            except OSError as error:
+                # Only a restart of the agent would take it up again, and decide as now.
+                LOG.error("%s: its record cannot be removed: %s", entry.uuid, error)
             view = entry.view(self.host)
             with self._lock:
                 self._entries.pop(entry.uuid, None)
@@ -278,7 +313,9 @@ class Pairs:
         content = notifications.payload(
             entry.pair, self.host, state, previous or None, entry.reason, now
         )
-        self._outlet.emit(state, content)
+        self._outlet.put(state, content)
+        for listener in self._listeners:
+            listener()
 
     def _save(self, entry: Entry) -> None:
         if entry.gone:

@@ -32,7 +32,9 @@ class Timing:
     :param resync_s: before the second attempt to protect again; doubles up to ``resync_max_s``.
     :param worker_start_s: until a worker has taken up its pair.
     :param retry_s: between two questions to an arbiter or a libvirt that does not answer.
-    :param follow_s: how long a primary whose guest died with its worker watches for a takeover.
+    :param claim_delay_s: for a primary that lives to claim before its standby does.
+    :param follow_s: how long a primary whose guest died with its worker watches for a takeover,
+        and a standby's host, where the guest runs, for who won.
     :param command_s: until a worker has ended after switchover, takeover or unprotect.
     :param stop_s: until a worker has ended that was told that its agent goes away.
     :param settle_s: for a pair that is over until its worker has cleaned up.
@@ -42,6 +44,7 @@ class Timing:
     resync_max_s: float = 300.0
     worker_start_s: float = 30.0
     retry_s: float = 1.0
+    claim_delay_s: float = 0.15
     follow_s: float = 30.0
     command_s: float = 60.0
     stop_s: float = 10.0

@@ -61,13 +61,13 @@ class Prechecks:
                 first.details["also"] = [other.to_dict() for other in others]
             raise first
 
-    def demand_again(self, entry: Entry) -> None:
+    def demand_again(self, entry: Entry, standby_host: str) -> None:
         """The same for a pair that is to be begun anew.
 
         :raises nova_pmt.exception.PmtError: it cannot be, now.
         """
         info = DomainInfo(entry.uuid, entry.pair.name, running=True)
-        self.demand(info, entry.pair.standby_host, again=True)
+        self.demand(info, standby_host, again=True)
 
     def _look(
         self, info: DomainInfo, standby_host: str | None, again: bool, found: Findings

@@ -37,6 +37,9 @@ from nova_pmt.agent.supervisor import Outcome, Worker
 
 LOG = log.getLogger(__name__)
 
+#: States of a record whose generation the arbiter may not know: no worker of it has lived yet.
+_UNANNOUNCED = frozenset({"starting", "reprotecting"})
+
 
 class Primaries:
     """The pairs whose guest runs here."""
@@ -81,6 +84,7 @@ class Primaries:
         entry = self._parts.pairs.add(
             replace(record, state="interrupted"), "the agent was restarted"
         )
+        entry.announced = record.state not in _UNANNOUNCED
         self._spawn(entry, None)
 
     def unprotect(self, entry: Entry) -> dict[str, Any]:
@@ -123,6 +127,13 @@ class Primaries:
                 )
             entry.activity = "switching_over"
             worker, errors = entry.worker, entry.errors
+        try:
+            # Its standby will have to ask: the guest must not stand still until somebody answers.
+            self._parts.arbiter.winner(entry.uuid, entry.pair.generation)
+        except exception.ArbiterUnavailable:
+            with entry.changed:
+                entry.activity = None
+            raise
         limit_s = self._parts.timing.command_s
         try:
             worker.command("switchover")
@@ -149,6 +160,26 @@ class Primaries:
             code="SWITCHOVER_FAILED",
             cure="The server runs on its old host; protection resumes by itself, then try again.",
         )
+
+    def move_standby(self, entry: Entry, standby_host: str) -> dict[str, Any]:
+        """Have the next standby of a guest that runs alone made elsewhere, and begin at once.
+
+        :raises nova_pmt.exception.NotReady: it does not wait for a standby just now.
+        :raises nova_pmt.exception.Refusal: it cannot be there.
+        """
+        self._prechecks.demand_again(entry, standby_host)
+        with entry.changed:
+            # An attempt with the old host may be under way: it ends, and this one is the next.
+            alone = entry.state == "primary_alone" or (
+                entry.state == "reprotecting" and entry.worker is None
+            )
+            if not alone or not entry.wanted:
+                raise exception.NotReady(
+                    f"server {entry.uuid} is {entry.state}: it gets no new standby"
+                )
+            entry.next_standby = standby_host
+            entry.changed.notify_all()
+            return entry.view(self._parts.name)
 
     # Watching it
 
@@ -199,16 +230,24 @@ class Primaries:
                 # A claim for a guest that is dead would keep its standby from going on.
                 if not parts.host.is_running(uuid):
                     return self._follow(entry, reason)
-                if not parts.arbiter.claim(uuid, generation, "primary"):
+                if not entry.announced:
+                    self._announce(entry)
+                if not parts.arbiter.claim(uuid, generation, "primary", reason=reason):
                     return self._lost(entry, reason, {})
                 parts.host.recover(uuid)
-            except exception.PmtError as error:
-                self._undecided(entry, error)
+            except Exception as error:  # noqa: BLE001 - undecided, the guest may stand still
+                entry.undecided(entry.failed(error))
                 parts.stopping.wait(parts.timing.retry_s)
                 continue
             entry.transition("primary_alone", reason)
             return True
         return False
+
+    def _announce(self, entry: Entry) -> None:
+        """Begin, at the arbiter, a generation that may not have been begun; nothing hangs on it."""
+        with contextlib.suppress(exception.PairMismatch):  # it is over: the claim will say so
+            self._beginner.announce(entry)
+        entry.announced = True
 
     def _follow(self, entry: Entry, reason: str) -> bool:
         """The guest is not here any more: watch whether its standby goes on."""
@@ -217,15 +256,21 @@ class Primaries:
             entry.transition("failing_over", f"{reason}; the guest does not run here")
         deadline = parts.clock.monotonic() + parts.timing.follow_s
         while True:
-            with contextlib.suppress(exception.ArbiterUnavailable):
+            try:
                 if parts.arbiter.winner(entry.uuid, entry.pair.generation) == "standby":
                     return self._lost(entry, reason, {})
+            except exception.ArbiterUnavailable:
+                # Its standby may be asking in vain, too: only an answer brings us nearer to the end
+                deadline = parts.clock.monotonic() + parts.timing.follow_s
             if parts.clock.monotonic() >= deadline:
                 break
             if parts.stopping.wait(min(parts.timing.retry_s, parts.timing.follow_s)):
                 return False
         parts.pairs.drop(
-            entry, "ended", f"{reason}; the guest does not run here and no standby went on"
+            entry,
+            "ended",
+            f"{reason}; the guest does not run here and no standby went on",
+            undecided=True,
         )
         return False
 
@@ -239,20 +284,14 @@ class Primaries:
                         "%s: lost to %s: destroyed here", entry.uuid, entry.pair.standby_host
                     )
                     parts.host.destroy(entry.uuid)
-            except exception.PmtError as error:
-                self._undecided(entry, error)
+            except Exception as error:  # noqa: BLE001 - two would run
+                entry.undecided(entry.failed(error))
                 parts.stopping.wait(parts.timing.retry_s)
                 continue
             where = entry.pair.standby_host
             parts.pairs.drop(entry, "standby_active", f"{reason}; runs on {where}", **details)
             return False
         return False
-
-    def _undecided(self, entry: Entry, error: exception.PmtError) -> None:
-        with entry.changed:
-            entry.last_error = error
-            if entry.state != "undecided" or entry.reason != error.message:
-                entry.transition("undecided", error.message)
 
     # Protecting again
 
@@ -262,8 +301,9 @@ class Primaries:
             return True
         try:
             self._parts.host.let_go(entry.uuid)
-        except exception.PmtError as error:
-            LOG.warning("%s: something is left of its protection: %s", entry.uuid, error)
+        except Exception as error:  # noqa: BLE001 - the guest runs on all the same
+            left = entry.failed(error)
+            LOG.warning("%s: something is left of its protection: %s", entry.uuid, left)
         if not entry.wanted:
             self._parts.pairs.drop(entry, "unprotected", "on request")
         else:
@@ -285,18 +325,21 @@ class Primaries:
                 if not parts.host.is_running(entry.uuid):
                     parts.pairs.drop(entry, "ended", "the guest was shut down while unprotected")
                     return None
-                self._prechecks.demand_again(entry)
-                generation = self._beginner.new_generation(entry.uuid)
                 old = entry.pair
-                entry.rearrange(Pair(old.uuid, old.name, generation, parts.name, old.standby_host))
-                entry.transition("reprotecting", f"attempt {entry.failures}")
+                standby_host = entry.next_standby or old.standby_host
+                self._prechecks.demand_again(entry, standby_host)
+                generation = self._beginner.new_generation(entry.uuid)
+                with entry.changed:  # nobody may see the new generation in the old one's state
+                    entry.rearrange(Pair(old.uuid, old.name, generation, parts.name, standby_host))
+                    entry.next_standby = None
+                    entry.transition("reprotecting", f"attempt {entry.failures}")
                 return self._beginner.start(entry)
-            except exception.PmtError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next may succeed
                 if parts.stopping.is_set():
                     return None
-                entry.last_error = error
-                LOG.warning("%s: cannot be protected again yet: %s", entry.uuid, error)
-                if entry.begun and not self._decide(entry, error.message):
+                failure = entry.failed(error)
+                LOG.warning("%s: cannot be protected again yet: %s", entry.uuid, failure)
+                if entry.begun and not self._decide(entry, failure.message):
                     return None
 
     def _back_off(self, entry: Entry) -> bool:
@@ -316,7 +359,7 @@ class Primaries:
             # Woken by what an operator wants; looks up now and then whether the agent stops.
             while not parts.stopping.is_set() and entry.wanted:
                 left_s = deadline - parts.clock.monotonic()
-                if left_s <= 0:
+                if left_s <= 0 or entry.next_standby is not None:
                     break
                 entry.changed.wait(min(left_s, 1.0))
             entry.next_attempt = None

@@ -158,7 +158,11 @@ class Generations:
         """Another host gave this number: ours will be greater."""
         with self._lock:
             if generation > self._last.get(uuid, 0):
-                self._keep(uuid, generation)
+                try:
+                    self._keep(uuid, generation)
+                except OSError as error:
+                    # A full disk must not keep an agent from taking up its pairs.
+                    LOG.error("%s cannot be written: %s", self._path, error)
 
     def last(self, uuid: str) -> int:
         """The greatest number known for this server; 0 when there is none."""

@@ -12,31 +12,16 @@
 
 """The RPC interface of nova-pmt-agent, seen from a caller: another agent or the command line.
 
-Topic ``nova-pmt-agent``, server = host name, version 1.0. Every answer is an envelope,
-``{"result": ...}`` or ``{"error": {code, message, cure, details}}``: oslo.messaging's own way of
-passing exceptions would lose code, cure and details.
+Topic ``nova-pmt-agent``, server = host name, version 1.0; see :mod:`nova_pmt.rpc`.
 """
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-from oslo_log import log
+from nova_pmt import rpc
 
-from nova_pmt import exception
-from nova_pmt.messaging import oslo_messaging
-
-LOG = log.getLogger(__name__)
-
-#: Named here and not by control_exchange: agents and command line must agree on it.
-EXCHANGE = "nova_pmt"
 TOPIC = "nova-pmt-agent"
-VERSION = "1.0"
-#: An agent that is alive says so at least this often while it works on a long call, in seconds.
-_ALIVE_S = 10
-#: Beyond the timeout: oslo.messaging may wait for ever for a broker that is not there.
-_GRACE_S = 3.0
 
 
 class AgentAPI:
@@ -50,8 +35,7 @@ class AgentAPI:
     """
 
     def __init__(self, transport: Any, timeout_s: float = 10, work_timeout_s: float = 180) -> None:
-        target = oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, version=VERSION)
-        self._client = oslo_messaging.get_rpc_client(transport, target)
+        self._caller = rpc.Caller(transport, TOPIC, "nova-pmt-agent")
         self._timeout_s = timeout_s
         self._work_timeout_s = max(timeout_s, work_timeout_s)
 
@@ -136,6 +120,10 @@ class AgentAPI:
         """End protection; the guest runs on."""
         return self._work(host, "unprotect", domain=domain)
 
+    def move_standby(self, host: str, domain: str, standby_host: str) -> dict[str, Any]:
+        """Primary's host, of a guest that runs alone: its next standby is made there, at once."""
+        return self._look(host, "move_standby", domain=domain, standby_host=standby_host)
+
     def failover(self, host: str, domain: str, force: bool = False) -> dict[str, Any]:
         """Primary's host: planned switchover. Standby's host, with force: take over."""
         return self._work(host, "failover", domain=domain, force=force)
@@ -155,42 +143,4 @@ class AgentAPI:
         return self._call(host, method, self._work_timeout_s, **arguments)
 
     def _call(self, host: str, method: str, timeout_s: float, **arguments: Any) -> Any:
-        context = self._client.prepare(
-            server=host,
-            timeout=timeout_s,
-            # A host that is dead is noticed long before the timeout of a call that takes long.
-            call_monitor_timeout=_ALIVE_S if timeout_s > _ALIVE_S else None,
-            retry=1,
-        )
-        answer: dict[str, Any] = {}
-
-        def call() -> None:
-            try:
-                answer["envelope"] = context.call({}, method, **arguments)
-            except oslo_messaging.MessagingTimeout:
-                answer["failed"] = f"no answer within {timeout_s:g} s"
-            except oslo_messaging.MessagingException as error:
-                answer["failed"] = str(error)
-            except Exception as error:  # noqa: BLE001 - drivers raise their libraries' own, too
-                answer["failed"] = f"{type(error).__name__}: {error}"
-
-        thread = threading.Thread(target=call, name=f"rpc-{method}-{host}", daemon=True)
-        thread.start()
-        thread.join(timeout_s + _GRACE_S)
-        if "envelope" in answer:
-            return unwrap(answer["envelope"])
-        why = answer.get("failed", "the message bus does not answer")
-        raise exception.HostUnreachable(f"nova-pmt-agent on {host}: {why}", host=host)
-
-
-def unwrap(envelope: Any) -> Any:
-    """The result in an envelope.
-
-    :raises nova_pmt.exception.PmtError: the error in the envelope.
-    """
-    if isinstance(envelope, dict):
-        if isinstance(envelope.get("error"), dict):
-            raise exception.from_dict(envelope["error"])
-        if "result" in envelope:
-            return envelope["result"]
-    raise exception.PeerError("the agent's answer is not an envelope")
+        return self._caller.call(host, method, timeout_s, arguments)

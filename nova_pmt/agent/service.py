@@ -146,6 +146,14 @@ class AgentService:
             raise self._wrong_host(entry)
         return self._primaries.unprotect(entry)
 
+    def move_standby(self, domain: str, standby_host: str) -> dict[str, Any]:
+        """Have the next standby of a guest that runs alone made there."""
+        other = inputs.host(standby_host)
+        entry = self._entry(domain)
+        if entry.record.role == "standby":
+            raise self._wrong_host(entry)
+        return self._primaries.move_standby(entry, other)
+
     def failover(self, domain: str, force: bool = False) -> dict[str, Any]:
         """Here is the primary: planned switchover. Here is the standby: with force, take over."""
         forced = inputs.flag(force, "force")

@@ -30,8 +30,6 @@ from nova_pmt.agent.supervisor import Outcome, Worker
 
 LOG = log.getLogger(__name__)
 
-RETRY_S = 1.0
-
 
 class Standbys:
     """The pairs whose guest waits here."""
@@ -227,7 +225,7 @@ class Standbys:
             self._after(entry, outcome)
         except Exception as error:
             LOG.exception("%s: the watch over this standby failed", entry.uuid)
-            self._parts.pairs.drop(entry, "error", f"the agent failed: {error}")
+            self._clean_up(entry, f"the agent failed: {error}")
 
     def _after(self, entry: Entry, outcome: Outcome) -> None:
         if outcome.state == "standby_active":
@@ -239,52 +237,91 @@ class Standbys:
             self._clean_up(entry, outcome.reason)
 
     def _clean_up(self, entry: Entry, reason: str) -> None:
-        """After a worker that could not: either the guest had gone on, or nothing may be left."""
+        """After a worker that could not: either the guest had gone on, or nothing may be left.
+
+        Until it is done, or for the next life of this agent: without its record nobody would know
+        of a domain that waits, and its memory would stay taken.
+        """
+        parts = self._parts
+        while not parts.stopping.is_set():
+            try:
+                found = self._conclude(entry)
+            except Exception as error:  # noqa: BLE001 - the next may succeed
+                entry.undecided(entry.failed(error))
+                parts.stopping.wait(parts.timing.retry_s)
+                continue
+            if found is not None:
+                parts.pairs.drop(entry, found[0], f"{reason}{found[1]}")
+                return
+
+    def _conclude(self, entry: Entry) -> tuple[str, str] | None:
+        """The state that it ends in, and why; None when the agent stops before that is known."""
+        host, pair = self._parts.host, entry.pair
+        if host.is_running(pair.uuid):
+            return self._runs_here(entry)
+        won = self._won(entry)
+        if won is None:
+            return None
+        if not won:
+            host.cleanup_standby(pair.uuid, pair.generation)
+            return "cancelled", ""
+        if self._finish(entry):
+            # A standby loads its state before it claims, so it can go on without its worker.
+            return "standby_active", "; it had won, and goes on"
+        why = "; it had won but cannot go on: start the server again"
+        LOG.critical("%s: its worker died%s", pair.uuid, why)
+        host.cleanup_standby(pair.uuid, pair.generation)
+        return "error", why
+
+    def _runs_here(self, entry: Entry) -> tuple[str, str] | None:
+        """The guest went on here; or it is another copy, that libvirt or an operator started."""
         parts, pair = self._parts, entry.pair
-        state = "cancelled"
-        try:
-            if parts.host.is_running(pair.uuid):
-                state, reason = "standby_active", f"{reason}; the guest had gone on here"
-            elif not self._won(entry):
-                parts.host.cleanup_standby(pair.uuid, pair.generation)
-            elif self._finish(entry):
-                # A standby loads its state before it claims, so it can go on without its worker.
-                state, reason = "standby_active", f"{reason}; it had won, and goes on"
-            else:
-                state = "error"
-                reason = f"{reason}; it had won but cannot go on: start the server again"
-                LOG.critical("%s: %s", pair.uuid, reason)
-                parts.host.cleanup_standby(pair.uuid, pair.generation)
-        except exception.PmtError as error:
-            LOG.error("%s: the standby could not be cleaned up: %s", pair.uuid, error)
-            entry.last_error = error
-            reason = f"{reason}; not cleaned up: {error.message}"
-        parts.pairs.drop(entry, state, reason)
+        deadline = parts.clock.monotonic() + parts.timing.follow_s
+        # A standby runs after it won. So whoever is to win this is still about to.
+        while (winner := parts.arbiter.winner(pair.uuid, pair.generation)) is None:
+            if parts.clock.monotonic() >= deadline:
+                break
+            entry.undecided(exception.DuplicateDomain(f"it runs on {parts.name}, and nobody won"))
+            if parts.stopping.wait(min(parts.timing.retry_s, parts.timing.follow_s)):
+                return None
+        if winner != "primary":
+            return "standby_active", "; the guest had gone on here"
+        if not parts.host.holds_state(pair.uuid, pair.generation):
+            # Not ours: libvirt's autostart, an operator, a migration while this agent was away. Who
+            # destroys the wrong one loses the guest, so that is for a person to say.
+            why = f"; {pair.primary_host} won, but a copy that is not the standby runs here"
+            LOG.critical("%s: two copies may run: %s", pair.uuid, why[2:])
+            return "error", why
+        LOG.warning("%s: %s won: the standby here is destroyed", pair.uuid, pair.primary_host)
+        parts.host.destroy(pair.uuid)
+        parts.host.forget_images(pair.uuid)  # it has written to them
+        return "cancelled", f"; {pair.primary_host} won, and the standby that ran was destroyed"
 
     def _finish(self, entry: Entry) -> bool:
         """Let the winner go on; a libvirtd that is away is waited for, since nobody else runs."""
         while True:
             try:
                 return self._parts.host.finish_takeover(entry.uuid)
-            except exception.PmtError as error:
-                LOG.error("%s: won, but cannot go on yet: %s", entry.uuid, error)
-                entry.last_error = error
-                if self._parts.stopping.wait(RETRY_S):
+            except Exception as error:
+                failure = entry.failed(error)
+                LOG.error("%s: won, but cannot go on yet: %s", entry.uuid, failure)
+                if self._parts.stopping.wait(self._parts.timing.retry_s):
                     raise
 
-    def _won(self, entry: Entry) -> bool:
-        """Whether this side won; waits for an arbiter that does not answer.
+    def _won(self, entry: Entry) -> bool | None:
+        """Whether this side won; None when the agent stops.
 
-        :raises nova_pmt.exception.ArbiterUnavailable: the agent ends before it answered.
+        :raises nova_pmt.exception.ArbiterUnavailable: nobody answers.
         """
-        while True:
-            try:
-                winner = self._parts.arbiter.winner(entry.uuid, entry.pair.generation)
-                return winner == "standby"
-            except exception.ArbiterUnavailable as error:
-                entry.last_error = error
-                if self._parts.stopping.wait(RETRY_S):
-                    raise
+        parts, pair = self._parts, entry.pair
+        winner = parts.arbiter.winner(pair.uuid, pair.generation)
+        if winner is not None or not parts.host.holds_state(pair.uuid, pair.generation):
+            return winner == "standby"
+        # Its worker was about to claim, or its claim is still on its way: to destroy the state now
+        # could leave nobody. As with the worker, a primary that lives is first.
+        if parts.stopping.wait(parts.timing.claim_delay_s):
+            return None
+        return parts.arbiter.claim(pair.uuid, pair.generation, "standby", reason="its worker died")
 
     def _duplicate(self, uuid: str) -> exception.DuplicateDomain:
         return exception.DuplicateDomain(f"a domain {uuid} runs on {self._parts.name} already")

@@ -26,17 +26,22 @@ from oslo_log import log
 
 from nova_pmt import exception
 from nova_pmt.agent.endpoint import Endpoint, server
+from nova_pmt.agent.heartbeat import Heartbeats
 from nova_pmt.agent.host import Host
 from nova_pmt.agent.notifications import Notifications
 from nova_pmt.agent.pairs import Pairs
 from nova_pmt.agent.parts import Parts, Timing
+from nova_pmt.agent.presence import Announcer
 from nova_pmt.agent.records import Generations, RecordStore
 from nova_pmt.agent.rpcapi import AgentAPI
 from nova_pmt.agent.service import AgentService
 from nova_pmt.agent.supervisor import Supervisor
 from nova_pmt.arbiter.base import Arbiter
 from nova_pmt.conf import opts
+from nova_pmt.manager.rpcapi import ManagerAPI
 from nova_pmt.messaging import oslo_messaging
+from nova_pmt.metrics.agent import PairsCollector
+from nova_pmt.metrics.server import MetricsServer
 
 LOG = log.getLogger(__name__)
 
@@ -52,6 +57,12 @@ def check(conf: Any, euid: int) -> None:
         raise exception.ConfigError(
             "nova-pmt-agent must run as root: it reads guests' memory",
             cure="Start it with systemd (nova-pmt-agent.service) or as root.",
+        )
+    if conf.manager.enabled != (conf.arbiter.driver == "manager"):
+        raise exception.ConfigError(
+            "[manager] enabled and [arbiter] driver = manager go together, and only one is set",
+            cure="Set both on every compute host, or neither: managers decide only about pairs "
+            "that they are told of.",
         )
     _check_state_path(conf.state_path)
     if conf.tls.insecure:
@@ -126,6 +137,7 @@ def timing(conf: Any) -> Timing:
     return Timing(
         resync_s=float(conf.agent.resync_interval_s),
         worker_start_s=float(conf.agent.worker_start_timeout_s),
+        claim_delay_s=conf.replication.claim_delay_ms / 1e3,
     )
 
 
@@ -162,15 +174,39 @@ class Agent:
             resync=bool(conf.agent.resync),
             timing=waits,
         )
+        self._heartbeats: Heartbeats | None = None
+        if conf.manager.enabled:
+            managers = ManagerAPI(transport, timeout_s=conf.manager.call_timeout_s)
+            self._heartbeats = Heartbeats(
+                name, managers, parts.pairs, host.facts, conf.manager.heartbeat_interval_s
+            )
         self._service = AgentService(parts, strategies(), conf.checkpoint.strategy)
+        self._serving = threading.Event()
+        self._metrics = MetricsServer(
+            conf.metrics.listen_address,
+            conf.metrics.agent_port,
+            [PairsCollector(name, lambda: [one.view(name) for one in parts.pairs])],
+            self._problems,
+        )
         self._server = server(transport, name, Endpoint(self._service))
         # Pairs first: a protect that comes in at once must find what is protected already.
         self._service.resume(records)
+        self._presence = Announcer(
+            name,
+            conf.guest.runtime_directory,
+            conf.guest.memory_backing_dir,
+            str(conf.replication.listen_address),
+            host.abilities,
+            lambda: [(one.uuid, one.record.role) for one in parts.pairs],
+        )
+        parts.pairs.on_change(self._presence.changed)
         LOG.info("%d pairs of an earlier life were taken up", len(records))
         # In a thread: it waits for the message bus for as long as there is none, and neither
         # the pairs above nor a signal to stop may wait with it.
-        self._serving = threading.Event()
         threading.Thread(target=self._serve, args=(name,), name="serve", daemon=True).start()
+
+    def _problems(self) -> list[str]:
+        return [] if self._serving.is_set() else ["the message bus does not answer"]
 
     def _serve(self, name: str) -> None:
         self._server.start()
@@ -179,10 +215,14 @@ class Agent:
 
     def close(self) -> None:
         """End the RPC server, then the workers; guests run on, records stay."""
+        self._metrics.close()
         serving = self._serving.is_set()
         if serving:
             self._server.stop()
         self._service.stop()
         if serving:
             self._server.wait()
+        if self._heartbeats is not None:
+            self._heartbeats.close(_CLOSE_S)
+        self._presence.close(_CLOSE_S)
         self._notifications.close(_CLOSE_S)

@@ -34,7 +34,8 @@ LOG = log.getLogger(__name__)
 
 #: How long a worker may clean up after it reported a final state, in seconds.
 CLEANUP_S = 30.0
-#: A worker whose rounds go on reports twice a second; one that was silent for this long hangs.
+#: A worker reports twice a second from when its first synchronisation begins; one that was silent
+#: for this long hangs.
 SILENCE_S = 30.0
 _KILL_WAIT_S = 5.0
 _POLL_MS = 1000
@@ -138,6 +139,12 @@ class Worker:
         """End the process by force; the listening thread takes note."""
         self._process.kill()  # does nothing once the process was reaped: no other gets its pid
 
+    def abandon(self) -> None:
+        """End a process that nobody has begun to listen to; it has not heard of its guest yet."""
+        self._process.kill()
+        self._process.wait()
+        self._sock.close()
+
     def _send(self, line: bytes) -> None:
         with self._send_lock:
             self._sock.sendall(line)
@@ -179,7 +186,7 @@ class Worker:
         event = message.get("event")
         if event == "error" and isinstance(message.get("error"), dict):
             self._error = exception.from_dict(message["error"])
-        elif event == "stats":
+        elif event == "stats" or (event == "state" and message.get("state") == "syncing"):
             self._watched = True
         elif event == "state" and message.get("state") in control.FINAL_STATES:
             self._final = message
@@ -275,7 +282,16 @@ class Supervisor:
         worker = Worker(spec, process, ours, on_event, ended, self._silence_s)
         with self._lock:
             self._workers.add(worker)
-        worker.start()
+        try:
+            worker.start()
+        except RuntimeError as error:  # this process can have no more threads
+            worker.abandon()
+            with self._lock:
+                self._workers.discard(worker)
+            raise exception.WorkerDied(
+                f"a worker for {spec.pair.uuid} cannot be listened to: {error}",
+                cure="Raise TasksMax of nova-pmt-agent.service, or the limit of processes.",
+            ) from error
         LOG.info(
             "%s: %s worker %d started, generation %d",
             worker.uuid, spec.role, worker.pid, spec.pair.generation,

@@ -15,9 +15,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Side = Literal["primary", "standby"]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """One generation of a pair, as the host on which the guest runs wants to begin it."""
+
+    uuid: str
+    name: str
+    generation: int
+    primary_host: str
+    standby_host: str
+    strategy: str = "pmt"
+    options: dict[str, float] = field(default_factory=dict)
 
 
 class Arbiter(ABC):
@@ -29,13 +43,37 @@ class Arbiter(ABC):
     @abstractmethod
     def __init__(self, conf: Any) -> None: ...
 
+    def warm(self) -> None:  # noqa: B027 - most have nothing to do
+        """Be ready to be asked at once; never raises. May take long."""
+
+    def begin(self, arrangement: Arrangement) -> None:  # noqa: B027 - some remember nothing
+        """A generation begins. What was under way of this pair can be claimed by nobody any more.
+
+        Called on the host that has the guest, before anything else of the generation exists. Can be
+        asked again.
+
+        :raises nova_pmt.exception.PairMismatch: another host has the guest.
+        :raises nova_pmt.exception.ArbiterUnavailable: nobody could be asked.
+        """
+
     @abstractmethod
-    def claim(self, pair: str, generation: int, side: Side) -> bool:
+    def claim(
+        self,
+        pair: str,
+        generation: int,
+        side: Side,
+        *,
+        reason: str = "",
+        other_stopped: bool = False,
+    ) -> bool:
         """Ask to go on. The first side that asks wins, for ever.
 
         Idempotent: an answer that got lost can be asked for again.
 
         :param pair: UUID of the server.
+        :param reason: why, for the audit trail.
+        :param other_stopped: the other side has said itself that its guest is gone or stands still:
+            nobody has to make sure of it.
         :returns: whether this side is the one.
         :raises nova_pmt.exception.ArbiterUnavailable: nobody could be asked; the
             caller must neither run ahead nor release output.

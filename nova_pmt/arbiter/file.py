@@ -60,7 +60,15 @@ class FileArbiter(Arbiter):
         except OSError as error:
             raise self._unavailable(error) from error
 
-    def claim(self, pair: str, generation: int, side: Side) -> bool:
+    def claim(
+        self,
+        pair: str,
+        generation: int,
+        side: Side,
+        *,
+        reason: str = "",
+        other_stopped: bool = False,
+    ) -> bool:
         self._see_mounted(pair)
         path = self._path(pair, str(int(generation)))
         own = f"{path}.{secrets.token_hex(8)}.tmp"

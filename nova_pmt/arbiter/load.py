@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nova_pmt import unsafe
 from nova_pmt.arbiter.base import Arbiter
 from nova_pmt.plugins import load_class
 
@@ -25,4 +26,7 @@ def load(conf: Any) -> Arbiter:
 
     :raises nova_pmt.exception.ConfigError: there is no such plug-in.
     """
-    return load_class("nova_pmt.arbiters", conf.arbiter.driver, Arbiter)(conf)
+    arbiter = load_class("nova_pmt.arbiters", conf.arbiter.driver, Arbiter)(conf)
+    if unsafe.asked(unsafe.UNDECIDED):
+        return unsafe.everybody_wins(arbiter)  # type: ignore[no-any-return]
+    return arbiter

@@ -62,6 +62,7 @@ def pipelined(path: str, directory: str, rounds: int, pause_s: float) -> list[fl
     with DirectMonitor(path) as monitor:
         execution = DirectExecution(monitor, directory)
         for _ in range(rounds):
+            execution.prepare()
             time.sleep(pause_s)
             start = time.perf_counter()
             execution.pause()

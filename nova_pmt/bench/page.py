@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nova_pmt.bench.gaps import CAUSES
+
 _INTRODUCTION = """\
 ==================
 Pause: the figures
@@ -50,6 +52,30 @@ drift
     unprotected after, to unprotected before: what the machine did meanwhile
 output delay
     how long the oldest packet of a checkpoint was held
+"""
+
+_MANAGERS_INTRODUCTION = """\
+=====================
+Managers: the figures
+=====================
+
+This page is made by ``nova-pmt-bench page`` from the files that the benchmarks wrote. The managers'
+code and the database are real, hosts and agents are simulated: each side that lost its peer asks
+0.5 to 0.65 s after the death, as its timeout would have it. Managers, database and all that asks
+share one machine.
+
+.. image:: managers.svg
+   :alt: claims that were asked and decided, over time
+"""
+
+_FILTER_INTRODUCTION = """\
+===================
+Filter: the figures
+===================
+
+This page is made by ``nova-pmt-bench page`` from the files that the benchmarks wrote. Hosts are
+made up, database and filters are Nova's: each request is filtered as its scheduler does it, with
+``PMTStandbyFilter`` and without, in turn. Goal: at most 2 ms more at p50.
 """
 
 
@@ -129,7 +155,60 @@ def _link(rows: list[dict[str, Any]]) -> str:
     return text + f"\nPause, limited against full: **{last['ratio']:.2f}** at p50.\n"
 
 
+_FAILOVER_INTRODUCTION = """\
+=====================
+Failover: the figures
+=====================
+
+This page is made by ``nova-pmt-bench page`` from the files that the benchmarks wrote. Two hosts
+with agents and two managers on one machine, a guest under TCG. Four clients, each on a TCP
+connection of its own, send a request when they have the last answer.
+
+no answer
+    the longest time in which no client had an answer
+gone
+    from when the failed host is well again until its old domain is destroyed
+late releases
+    what a side let out that it must not: after the other went on, or before its commit
+late frames
+    of the guest, out of the failed host's cable after the standby went on: what its kernel had on
+    the way when its processes were stopped, all of it committed before
+"""
+
+
+def _gaps(rows: list[dict[str, Any]]) -> str:
+    head: tuple[str, ...] = (
+        "the primary",
+        "runs",
+        "no answer, ms p50 / p99",
+        "at most",
+        "goal, ms",
+        "met",
+    )
+    head += ("fault to running", "to detected", "detected to running", "gone")
+    head += ("late releases", "late frames")
+    keys = ("failover_ms", "detection_ms", "activation_ms", "destroyed_ms")
+    body = [
+        (
+            CAUSES[row["cause"]],
+            str(row["runs"]),
+            f"**{_pair(row['gap_ms'])}**",
+            f"{row['gap_ms']['max']:.0f}",
+            ", ".join(f"{key} {limit:.0f}" for key, limit in row["goal_ms"].items()),
+            _met(row),
+            *(_pair(row[key]) for key in keys),
+            f"**{row['late_releases']}**",
+            str(row["late_frames"]),
+        )
+        for row in rows
+    ]
+    timeout = rows[0]["peer_timeout_ms"]
+    return _table(f"Failover, as clients see it; peer_timeout_ms {timeout}", head, body)
+
+
 def _failover(rows: list[dict[str, Any]]) -> str:
+    if "cause" in rows[0]:
+        return _gaps(rows)
     head = ("runs", "kill to running, ms p50 / p99", "kill to detected", "detected to running")
     keys = ("failover_ms", "detection_ms", "activation_ms")
     body = [(str(row["runs"]), *(_pair(row[key]) for key in keys)) for row in rows]
@@ -257,6 +336,58 @@ def _idle(rows: list[dict[str, Any]]) -> str:
     return _table("What an idle guest costs", head, body)
 
 
+def _managers(rows: list[dict[str, Any]]) -> str:
+    head: tuple[str, ...] = (
+        "database",
+        "managers",
+        "pairs",
+        "hosts",
+        "that die",
+        "pairs hit",
+        "decided",
+    )
+    head += ("last asked, s", "last decided, s", "processor time of each manager, s")
+    head += ("statements per claim",)
+    head += ("protected again", "in s", "statements per repair")
+    body = [
+        (
+            row["database"],
+            str(row["managers"]),
+            f"{row['pairs']:,}",
+            f"{row['hosts']:,}",
+            str(row["dead"]),
+            str(row["affected"]),
+            str(row["decided"]),
+            f"{row['last_asked_s']:.2f}",
+            f"**{row['last_decided_s']:.2f}**",
+            ", ".join(f"{used:.2f}" for used in row["manager_cpu_s"]),
+            f"{row['statements_per_claim']:.1f}",
+            str(row["repaired"]),
+            f"{row['repaired_in_s']:.1f}",
+            f"{row['statements_per_repair']:.1f}",
+        )
+        for row in rows
+    ]
+    return _table("Hosts that die at once, simulated; seconds from their death", head, body)
+
+
+def _filter(rows: list[dict[str, Any]]) -> str:
+    head = ("request", "hosts", "pairs", "without", "added", "added processor time", "requests")
+    body = [
+        (
+            row["request"],
+            f"{row['hosts']:,}",
+            str(row["pairs"]),
+            _pair(row["without_ms"]),
+            f"**{row['added_ms']['p50']:.2f}** / {row['added_ms']['p99']:.2f}",
+            _pair(row["added_cpu_ms"]),
+            str(row["rounds"]),
+        )
+        for row in rows
+    ]
+    return _table("What the filter adds to a request, ms p50 / p99", head, body)
+
+
 _SECTIONS = {
     "failover": ("The failover", _failover),
     "link": ("The link", _link),
@@ -265,6 +396,8 @@ _SECTIONS = {
     "output": ("Latency and throughput", _output),
     "capture": ("No packet before its commit", _capture),
     "idle": ("An idle guest", _idle),
+    "managers": ("Many hosts at once", _managers),
+    "filter": ("The scheduler's filter", _filter),
 }
 _OF_OUTPUT = {"output", "capture", "idle"}
 
@@ -283,6 +416,12 @@ def page(files: Sequence[Path]) -> str:
             raise ValueError(f"{path}: unknown benchmark {benchmark!r}")
         if benchmark in _OF_OUTPUT:
             introduction = _OUTPUT_INTRODUCTION
+        elif benchmark == "managers":
+            introduction = _MANAGERS_INTRODUCTION
+        elif benchmark == "failover" and "cause" in data["rows"][0]:
+            introduction = _FAILOVER_INTRODUCTION
+        elif benchmark == "filter":
+            introduction = _FILTER_INTRODUCTION
         title, table = _SECTIONS[benchmark]
         if benchmark != last:
             parts.append(f"{title}\n{'=' * len(title)}\n")

@@ -164,7 +164,7 @@ class Protection:
         self._primary.wait("state", "unprotected", END_S)
 
 
-def _describe(guest: LabGuest) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+def describe(guest: LabGuest) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
     """Migratable XML, memory layout and disks, through libvirt."""
     connection = guest_domain.connect(guest.host.libvirt_uri)
     try:
@@ -196,7 +196,7 @@ def protect(
     :param primary_env: added to the primary worker's environment.
     :raises nova_pmt.exception.PmtError: it cannot be protected, or protection ended by itself.
     """
-    xml, blocks, disks = _describe(guest)
+    xml, blocks, disks = describe(guest)
     pair = control.Pair(guest.uuid, guest.name, next(_generations), guest.host.name, standby.name)
     shared = SimpleNamespace(directory=str(guest.host.lab.ctl.path(deployment.ARBITER)))
     FileArbiter(SimpleNamespace(arbiter=shared)).challenge(guest.uuid)

@@ -120,13 +120,26 @@ def link_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def failover_table(row: dict[str, Any]) -> Table:
+def failover_table(rows: list[dict[str, Any]]) -> Table:
     """The result of ``nova-pmt-bench failover``."""
-    table = Table(title=f"failover, {row['runs']} runs: p50 / p99 in ms")
-    for name in ("kill to running", "kill to detected", "detected to running"):
+    table = Table(title="failover: p50 / p99 in ms")
+    table.add_column("cause")
+    for name in ("runs", "no answer", "max", "goal", "to running", "to detected", "activation"):
         table.add_column(name, justify="right")
-    keys = ("failover_ms", "detection_ms", "activation_ms")
-    table.add_row(*(_pair(row[key]) for key in keys))
+    for name in ("old one gone after", "late releases", "late frames"):
+        table.add_column(name, justify="right")
+    keys = ("failover_ms", "detection_ms", "activation_ms", "destroyed_ms")
+    for row in rows:
+        table.add_row(
+            row["cause"],
+            str(row["runs"]),
+            _pair(row["gap_ms"]),
+            f"{row['gap_ms']['max']:.0f}",
+            _yes(row["met"]),
+            *(_pair(row[key]) for key in keys),
+            str(row["late_releases"]),
+            str(row["late_frames"]),
+        )
     return table
 
 
@@ -208,6 +221,51 @@ def idle_table(row: dict[str, Any]) -> Table:
         str(row["bytes_per_round"]),
         str(row["rounds"]),
     )
+    return table
+
+
+def managers_table(row: dict[str, Any]) -> Table:
+    """The result of ``nova-pmt-bench managers``."""
+    table = Table(
+        title=f"{row['dead']} of {row['hosts']} hosts die, {row['pairs']} pairs, "
+        f"{row['managers']} managers on {row['database']}"
+    )
+    for name in (
+        *("pairs hit", "decided", "last asked s", "last decided s", "longest wait s"),
+        *("processor time s", "statements per claim", "repaired", "in s", "statements per repair"),
+    ):
+        table.add_column(name, justify="right")
+    table.add_row(
+        str(row["affected"]),
+        str(row["decided"]),
+        f"{row['last_asked_s']:.2f}",
+        f"{row['last_decided_s']:.2f}",
+        f"{row['backlog_max_s']:.2f}",
+        ", ".join(f"{used:.2f}" for used in row["manager_cpu_s"]),
+        f"{row['statements_per_claim']:.1f}",
+        str(row["repaired"]),
+        f"{row['repaired_in_s']:.1f}",
+        f"{row['statements_per_repair']:.1f}",
+    )
+    return table
+
+
+def filter_table(rows: list[dict[str, Any]]) -> Table:
+    """The result of ``nova-pmt-bench filter``."""
+    table = Table(
+        title=f"{rows[0]['hosts']} hosts, {rows[0]['pairs']} pairs: p50 / p99 in ms of a request"
+    )
+    table.add_column("request")
+    for name in ("without", "added", "added processor time", "goal", "hosts that pass"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        times = (row[name] for name in ("without_ms", "added_ms", "added_cpu_ms"))
+        table.add_row(
+            row["request"],
+            *(f"{found['p50']:.2f} / {found['p99']:.2f}" for found in times),
+            f"{row['goal_ms']:.0f} {'met' if row['met'] else 'missed'}",
+            str(row["passing"]),
+        )
     return table
 
 

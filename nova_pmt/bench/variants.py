@@ -26,6 +26,7 @@ import numpy as np
 from nova_pmt.bench.guest import BenchGuest
 from nova_pmt.checkpoint.interfaces import PAGE_SIZE, PageNumbers, Pages
 from nova_pmt.checkpoint.statistics import RoundRecord
+from nova_pmt.lab.floor import PREPARED_S
 
 #: The clock of the product's own records.
 _clock = time.perf_counter
@@ -73,6 +74,7 @@ class Variants:
         while (left := due - _clock()) > 0:
             self._guest.checkpointer.pump(left)
         self._guest.execution.running()  # as the loop does before each round
+        self._guest.execution.prepare()
 
     def _round(self, passes: int) -> Sample:
         guest, checkpointer = self._guest, self._guest.checkpointer
@@ -110,6 +112,7 @@ class Variants:
         """Stop, save the devices, go on: nothing is scanned, nothing copied."""
         self.settle()
         execution = self._guest.execution
+        time.sleep(PREPARED_S)
         start = _clock()
         execution.pause()
         execution.saved()

@@ -49,6 +49,9 @@ class GuestMemory(Protocol):
 class GuestExecution(Protocol):
     """Stopping and starting a guest and saving its devices."""
 
+    def prepare(self) -> None:
+        """The next call is :meth:`pause`, in a moment."""
+
     def pause(self) -> None:
         """Stop the guest and start to save its devices; returns when it has stopped."""
 

@@ -29,6 +29,9 @@ PAUSED_POLL_S = 0.1
 COLLECT_EVERY = 64
 #: Output that is held to this degree ends the wait for the next round.
 EARLY_PRESSURE = 0.5
+#: A pass that found no more pages than this is the last: copying what is written meanwhile hides in
+#: the pause behind QEMU's saving of the devices, and each further scan costs the guest more.
+FEW_PAGES = 1024
 #: Passes of a planned switchover end when one finds no more than this.
 SWITCHOVER_GOAL_PAGES = 256
 SWITCHOVER_MAX_PASSES = 8
@@ -132,8 +135,10 @@ class Loop:
         """Passes, pause, transfer. Returns when the pause began."""
         checkpointer = self.checkpointer
         begin = self._clock()
+        self._execution.prepare()
         for _ in range(self.strategy.passes):
-            checkpointer.copy_pass()
+            if checkpointer.copy_pass() <= FEW_PAGES:
+                break
         checkpointer.prepare()
         start = self._clock()
         self._passes_s += 0.2 * (start - begin - self._passes_s)

@@ -135,6 +135,7 @@ class Checkpointer:
         self._window = cache.limit_slabs
         self._pause_pages_peak = 0.0
         self._deferrals = 0
+        self._standing = False
         self.statistics = Statistics()
         self.committed = 0
         self.throttled = False
@@ -251,7 +252,9 @@ class Checkpointer:
 
         def wait(timeout_s: float) -> None:
             nonlocal stopped
-            if not self._outputs:
+            if self._standing or not self._outputs:
+                # (In a pause it stands still already; and whoever asks the monitor anything takes
+                # the answer to the save.)
                 self.pump(timeout_s)
                 return
             pressure = self.pressure()
@@ -572,8 +575,12 @@ class Checkpointer:
     def _drain_paused(self) -> None:
         """The guest outruns cache and link: keep it paused until the rest is through."""
         self._sink.go_on()
-        pages, self._carry = self._carry, _NO_PAGES
-        self._copy(pages)
+        self._standing = True
+        try:
+            pages, self._carry = self._carry, _NO_PAGES
+            self._copy(pages)
+        finally:
+            self._standing = False
         self._sink.hold()
 
     def transfer(self, checkpoint: InFlight) -> None:

@@ -17,6 +17,7 @@ Written between pauses only. Times are in microseconds, sizes in pages or bytes.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
@@ -25,6 +26,12 @@ import numpy.typing as npt
 
 #: Rounds that percentiles are taken over: the last 100 s at 50 ms.
 RING = 2048
+#: Upper ends of the classes of histograms.
+SECONDS = (
+    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2,
+    0.5, 1.0, 2.0, 5.0,
+)  # fmt: skip
+PAGES = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262144.0)
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,31 @@ def percentiles(values: npt.NDArray[np.float64], scale: float = 1.0) -> dict[str
     }
 
 
+class Histogram:
+    """Counts values by size, for as long as the primary lives.
+
+    :param bounds: upper ends of all classes but the last, ascending.
+    """
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def to_dict(self) -> dict[str, Any]:
+        """``bounds``, ``counts`` (one more than bounds, not cumulated) and ``sum``."""
+        return {
+            "bounds": list(self._bounds),
+            "counts": list(self._counts),
+            "sum": round(self._sum, 6),
+        }
+
+
 class Statistics:
     """Collects the records of one primary."""
 
@@ -89,6 +121,10 @@ class Statistics:
         self.pages_total = 0
         self.log_bytes_total = 0
         self._last: RoundRecord | None = None
+        self._pause = Histogram(SECONDS)
+        self._commit = Histogram(SECONDS)
+        self._output_delay = Histogram(SECONDS)
+        self._pages = Histogram(PAGES)
 
     def add(self, record: RoundRecord) -> None:
         """A round was committed."""
@@ -97,6 +133,11 @@ class Statistics:
         self.pages_total += record.pages
         self.log_bytes_total += record.log_bytes
         self._last = record
+        self._pause.add(record.pause_us * 1e-6)
+        self._commit.add(record.commit_us * 1e-6)
+        self._pages.add(record.pages)
+        if record.output_us > 0:
+            self._output_delay.add(record.output_us * 1e-6)
 
     def column(self, name: str) -> npt.NDArray[np.float64]:
         """One figure of the last rounds, unordered."""
@@ -131,4 +172,10 @@ class Statistics:
             # rounds in which nothing was held have no delay
             "output_delay_ms": percentiles(delays[delays > 0], 1e-3),
             "log_bytes_total": self.log_bytes_total,
+            "histograms": {
+                "pause_seconds": self._pause.to_dict(),
+                "commit_seconds": self._commit.to_dict(),
+                "output_delay_seconds": self._output_delay.to_dict(),
+                "pages": self._pages.to_dict(),
+            },
         }

@@ -10,7 +10,8 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""The command line ``nova-pmt``: asks agents over RPC, shows tables, live views and errors.
+"""The command line ``nova-pmt``: asks agents and managers, shows tables, live views and errors.
 
-It decides nothing about guests; what it can do is what :mod:`nova_pmt.agent.rpcapi` offers.
+It decides nothing about guests; what it can do is what :mod:`nova_pmt.agent.rpcapi` and
+:mod:`nova_pmt.manager.rpcapi` offer.
 """

@@ -14,84 +14,27 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 
 from nova_pmt import exception
 from nova_pmt.agent import inputs
-from nova_pmt.agent.rpcapi import AgentAPI
-from nova_pmt.client import hosts, progress, render
+from nova_pmt.client import evacuate, hosts, managers, progress, render
+from nova_pmt.client.session import (
+    STATUS_OK,
+    STATUS_REFUSED,
+    STATUS_USAGE,
+    Session,
+    exit_status,
+)
 
 _REFRESH_S = 0.5
-_STATUS_OK, _STATUS_FAILED, _STATUS_USAGE, _STATUS_REFUSED, _STATUS_UNREACHABLE = range(5)
-
-
-@dataclass(frozen=True)
-class Session:
-    """What a command works with.
-
-    :param configured: ``[client] hosts``.
-    """
-
-    args: argparse.Namespace
-    api: AgentAPI
-    configured: list[str]
-    out: Console
-    err: Console
-    sleep: Callable[[float], None] = time.sleep
-
-    @property
-    def json(self) -> bool:
-        return bool(self.args.format == "json")
-
-    def hosts(self) -> list[str]:
-        """The hosts to ask."""
-        return hosts.known(self.configured, self.args.host)
-
-    def host(self, role: str = "primary") -> str:
-        """The host to send this command to."""
-        if self.args.host is not None:
-            return str(self.args.host)
-        return hosts.locate(self.api, self.hosts(), self.args.domain, role)
-
-    def say(self, text: str) -> None:
-        self.out.print(render.clean(text), markup=False, highlight=False, soft_wrap=True)
-
-    def give(self, data: Any) -> None:
-        """A result for programs."""
-        self.out.file.write(json.dumps(data, indent=2) + "\n")
-
-    def complain(self, error: exception.PmtError) -> None:
-        """An error on stderr."""
-        complain(self.err, error, self.json)
-
-
-def complain(err: Console, error: exception.PmtError, as_json: bool) -> None:
-    """An error, its cure, and the errors that came with it."""
-    if as_json:
-        err.file.write(json.dumps({"error": error.to_dict()}) + "\n")
-        return
-    also = error.details.get("also")
-    for one in (error.to_dict(), *(also if isinstance(also, list) else ())):
-        err.file.write(f"error {one['code']}: {render.clean(one['message'])}\n")
-        err.file.write(f"cure: {render.clean(one['cure'])}\n")
-
-
-def exit_status(error: exception.PmtError) -> int:
-    """The exit status for an error."""
-    if isinstance(error, exception.HostUnreachable):
-        return _STATUS_UNREACHABLE
-    return _STATUS_REFUSED if isinstance(error, exception.Refusal) else _STATUS_FAILED
 
 
 def check(session: Session) -> int:
@@ -100,7 +43,7 @@ def check(session: Session) -> int:
     found = session.api.check(session.host(), args.domain, args.standby)
     if session.json:
         session.give(found)
-        return _STATUS_OK if found["ok"] else _STATUS_REFUSED
+        return STATUS_OK if found["ok"] else STATUS_REFUSED
     domain = found["domain"]
     name = f"{domain['name']} ({domain['uuid']}) on {found['host']}"
     for warning in found["warnings"]:
@@ -110,7 +53,7 @@ def check(session: Session) -> int:
     where = f" with its standby on {args.standby}" if args.standby else ""
     verdict = "can be protected" if found["ok"] else "cannot be protected"
     session.say(f"{name} {verdict}{where}")
-    return _STATUS_OK if found["ok"] else _STATUS_REFUSED
+    return STATUS_OK if found["ok"] else STATUS_REFUSED
 
 
 def protect(session: Session) -> int:
@@ -139,24 +82,31 @@ def protect(session: Session) -> int:
             f"{pair['name']} ({pair['uuid']}): {pair['state']}, "
             f"{pair['primary_host']} -> {pair['standby_host']}"
         )
-    return _STATUS_OK
+    return STATUS_OK
 
 
 def unprotect(session: Session) -> int:
     """``unprotect``."""
-    pair = session.api.unprotect(session.host(), session.args.domain)
+    host = session.host()
+    try:
+        pair = session.api.unprotect(host, session.args.domain)
+    except exception.NotProtected:
+        if session.managers is None:
+            raise
+        # It went on here, and waits for the managers to protect it again.
+        pair = session.managers.release(session.args.domain) | {"host": host}
     if session.json:
         session.give(pair)
     else:
         session.say(
             f"{pair['name']} ({pair['uuid']}): {pair['state']}; it runs on, on {pair['host']}"
         )
-    return _STATUS_OK
+    return STATUS_OK
 
 
 def list_pairs(session: Session) -> int:
     """``list``."""
-    answers = hosts.ask(session.hosts(), session.api.list)
+    answers = session.ask(session.api.list)
     pairs = [
         {**pair, "host": host}
         for host, answer in answers.results.items()
@@ -174,7 +124,7 @@ def list_pairs(session: Session) -> int:
 def status(session: Session) -> int:
     """``status``: every pair in full, and what became of those that are no more."""
     domain = session.args.domain
-    answers = hosts.ask(session.hosts(), lambda host: session.api.status(host, domain))
+    answers = session.ask(lambda host: session.api.status(host, domain))
     pairs = [pair for answer in answers.results.values() for pair in answer["pairs"]]
     recent = [pair for answer in answers.results.values() for pair in answer["recent"]]
     if domain is not None:
@@ -199,7 +149,7 @@ def status(session: Session) -> int:
 
 def top(session: Session) -> int:
     """``top``: live on a terminal, one table after the other elsewhere."""
-    args, names = session.args, session.hosts()
+    args = session.args
     count = 1 if args.once else args.iterations
     answers = hosts.Answers()
     with contextlib.ExitStack() as stack:
@@ -210,7 +160,7 @@ def top(session: Session) -> int:
         for turn in range(count) if count else itertools.count():
             if turn:
                 session.sleep(_REFRESH_S)
-            answers = hosts.ask(names, lambda host: session.api.status(host, None))
+            answers = session.ask(lambda host: session.api.status(host, None))
             _show_top(session, answers, live)
     return _report(session, answers)
 
@@ -240,7 +190,7 @@ def failover(session: Session) -> int:
     args = session.args
     host = session.host("standby" if args.force else "primary")
     if not args.yes and not _agreed(session, host):
-        return _STATUS_USAGE
+        return STATUS_USAGE
     begun = time.monotonic()
     done = session.api.failover(host, args.domain, args.force)
     took_s = time.monotonic() - begun
@@ -252,7 +202,7 @@ def failover(session: Session) -> int:
         )
         for key, value in (done.get("details") or {}).items():
             session.say(f"  {key}: {value}")
-    return _STATUS_OK
+    return STATUS_OK
 
 
 def _agreed(session: Session, host: str) -> bool:
@@ -298,7 +248,7 @@ def _report(session: Session, answers: hosts.Answers) -> int:
     """Hosts that could not answer, and the exit status that follows."""
     for error in answers.errors.values():
         session.complain(error)
-    return max((exit_status(error) for error in answers.errors.values()), default=_STATUS_OK)
+    return max((exit_status(error) for error in answers.errors.values()), default=STATUS_OK)
 
 
 COMMANDS: dict[str, Callable[[Session], int]] = {
@@ -309,4 +259,9 @@ COMMANDS: dict[str, Callable[[Session], int]] = {
     "status": status,
     "top": top,
     "failover": failover,
+    "pairs": managers.pairs,
+    "hosts": managers.hosts,
+    "events": managers.events,
+    "maintenance": managers.maintenance,
+    "evacuate-host": evacuate.evacuate_host,
 }

@@ -27,6 +27,7 @@ _STYLES = {
     "reprotecting": "cyan",
     "waiting": "cyan",
     "starting": "cyan",
+    "checking": "cyan",
     "standby_active": "magenta",
     "failing_over": "magenta",
     "primary_alone": "yellow",
@@ -86,6 +87,78 @@ def short_table(pairs: Iterable[Mapping[str, Any]]) -> Table:
             cell(moment(pair["since"])),
         )
     return table
+
+
+def pairs_table(pairs: Iterable[Mapping[str, Any]]) -> Table:
+    """``nova-pmt pairs``: as the managers remember them. Who has won has no standby."""
+    table = _table("SERVER", "UUID", "STATE", "RUNS ON", "STANDBY", "SINCE", "REASON")
+    for pair in pairs:
+        table.add_row(
+            cell(pair["name"]),
+            cell(pair["uuid"]),
+            state(pair["state"]),
+            cell(pair["active_host"]),
+            cell(None if pair["winner"] else pair["standby_host"]),
+            cell(moment(pair["changed_at"])),
+            cell(_why(pair)),
+        )
+    return table
+
+
+def _why(pair: Mapping[str, Any]) -> str:
+    """Also what managers say of a server of Nova: the step of its failover, or what it lacks."""
+    nova = pair.get("nova") or {}
+    step = nova.get("step")
+    said = (pair["reason"], f"Nova is told of it: {step}" if step else "", nova.get("reason"))
+    return "; ".join(dict.fromkeys(str(one) for one in said if one))
+
+
+def hosts_table(hosts: Iterable[Mapping[str, Any]]) -> Table:
+    """``nova-pmt hosts``."""
+    table = _table("HOST", "STATE", "GUESTS", "STANDBYS", "FREE MiB", "CPU", "HEARD", "REMARK")
+    for host in hosts:
+        facts = host.get("facts") or {}
+        shown = cell("alive", "green") if host["alive"] else cell("dead", "bold red")
+        if host["maintenance"]:
+            shown.append(" maintenance", "yellow")
+        free = facts.get("memory_free_bytes")
+        table.add_row(
+            cell(host["name"]),
+            shown,
+            cell(host["primaries"]),
+            cell(host["standbys"]),
+            cell(int(free) // _MIB if isinstance(free, (int, float)) else None),
+            cell(facts.get("cpu_model")),
+            cell(moment(host["seen_at"])),
+            cell(facts.get("error")),
+        )
+    return table
+
+
+def events_table(events: Iterable[Mapping[str, Any]]) -> Table:
+    """``nova-pmt events``."""
+    table = _table("AT", "SERVER", "GENERATION", "HOST", "WHAT", "CHANGE", "REASON")
+    for event in events:
+        table.add_row(*(cell(value) for value in _event(event)))
+    return table
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """``nova-pmt events --watch``."""
+    return "  ".join(str(value) for value in _event(event) if value)
+
+
+def _event(event: Mapping[str, Any]) -> tuple[Any, ...]:
+    change = f"{event['old']} -> {event['new']}" if event["old"] else event["new"]
+    return (
+        moment(event["at"]),
+        event["pair_uuid"],
+        event["generation"] or None,
+        event["host"],
+        event["kind"],
+        change,
+        event["reason"],
+    )
 
 
 def status_table(pair: Mapping[str, Any]) -> Table:

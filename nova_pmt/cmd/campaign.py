@@ -15,6 +15,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
 import secrets
 import sys
@@ -23,16 +25,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nova_pmt.evaluation import page
-from nova_pmt.evaluation.plan import KINDS, Kind
+from nova_pmt import unsafe
+from nova_pmt.evaluation import faults, page
+from nova_pmt.evaluation.plan import KINDS
 from nova_pmt.exception import PmtError
 
+#: As in :data:`nova_pmt.evaluation.faultcampaign.NEGATIVES`, which takes its time to import.
+NEGATIVES = (unsafe.AT_ONCE, unsafe.UNDECIDED)
 _INTERRUPTED = 130
 _WIDE = 200
 _DESCRIPTION = """\
-Kills QEMUs, workers and hosts at random moments while clients are answered, and compares memory and
-disks of the survivor with what they were answered. In a lab of its own, as root; all is gone at the
-end.
+Kills, stops and cuts off QEMUs, workers, hosts and what they depend on at random moments while
+clients are answered, and compares memory and disks of the survivor with what they were answered. In
+a lab of its own, as root; all is gone at the end.
 """
 _RUN = """\
 Trials one after the other, on one guest that goes back and forth between two hosts. Writes
@@ -43,8 +48,27 @@ exit status:
   1   otherwise, or it could not be done
   130 interrupted
 """
+_FAULTS = """\
+Trials one after the other, on one guest that goes from host to host: three hosts with agents, two
+managers. Each has a fault of one kind, two at once, or a worker that dies at a named step; then
+all is put right, and the pair must be protected again by itself. Writes summary.json and, a line
+for each trial, trials.jsonl. Kinds that this machine cannot do are left out, and named there.
+Ctrl-C ends it with what there is.
+
+exit status:
+  0   nothing was lost, repeated, broken or different, nobody let out what another host had to,
+      nothing is left over, and the pair was protected again each time; with --negative: it WAS
+      found out
+  1   otherwise, or it could not be done
+  130 interrupted
+"""
 _EXAMPLES = """\
 examples:
+  nova-pmt-campaign faults --trials 30 --seed 1
+  nova-pmt-campaign faults --trials 20 --kinds qemu-kill,host-stop,database-lock,step,two
+  nova-pmt-campaign faults --cluster --trials 32 --kinds failover,database-kill,database-stop
+  nova-pmt-campaign faults --negative no-arbiter --trials 4 --kinds repl-cut
+  nova-pmt-campaign faults --negative release-at-once --trials 4 --kinds qemu-kill
   nova-pmt-campaign run --trials 20 --seed 1
   nova-pmt-campaign run --trials 100 --kinds qemu,host --directory build/campaign-host
   nova-pmt-campaign run --negative --trials 40 --kinds qemu --directory build/campaign-negative
@@ -62,12 +86,43 @@ def _at_least(lowest: int) -> Callable[[str], int]:
     return convert
 
 
-def _kinds(text: str) -> tuple[Kind, ...]:
-    asked = text.split(",")
-    known = tuple(kind for kind in KINDS if kind in asked)
-    if set(asked) - set(known):
-        raise argparse.ArgumentTypeError(f"kinds are {', '.join(KINDS)}")
-    return known
+def _kinds_of(possible: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def kinds(text: str) -> tuple[str, ...]:
+        asked = text.split(",")
+        known = tuple(kind for kind in possible if kind in asked)
+        if set(asked) - set(known):
+            raise argparse.ArgumentTypeError(f"kinds are {', '.join(possible)}")
+        return known
+
+    return kinds
+
+
+def _add_trials(
+    command: argparse.ArgumentParser, kinds: Sequence[str], what: str, also: Sequence[str] = ()
+) -> None:
+    """What campaigns of both kinds have."""
+    command.add_argument("--trials", type=_at_least(1), default=500, metavar="N", help="(500)")
+    command.add_argument(
+        "--seed", type=_at_least(0), metavar="N", help="of all that is random (default: random)"
+    )
+    command.add_argument(
+        "--kinds",
+        type=_kinds_of((*kinds, *also)),
+        default=tuple(kinds),
+        metavar="KIND,...",
+        help=f"{what}: of {', '.join(kinds)} (all)"
+        + (f"; with --cluster also {', '.join(also)}" if also else ""),
+    )
+    command.add_argument("--clients", type=_at_least(1), default=4, metavar="N", help="(4)")
+    command.add_argument(
+        "--interval-ms", type=_at_least(5), default=20, metavar="MS", help="of checkpoints (20)"
+    )
+    command.add_argument(
+        "--directory",
+        type=Path,
+        default=Path("build/campaign"),
+        help="for the results (build/campaign)",
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -78,38 +133,47 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = commands.add_parser(
-        "run", help="the campaign", description=_RUN, epilog=_EXAMPLES, formatter_class=form
+        "run",
+        help="the campaign of output commit",
+        description=_RUN,
+        epilog=_EXAMPLES,
+        formatter_class=form,
     )
-    run.add_argument("--trials", type=_at_least(1), default=500, metavar="N", help="(500)")
-    run.add_argument(
-        "--seed", type=_at_least(0), metavar="N", help="of all that is random (default: random)"
-    )
-    run.add_argument(
-        "--kinds",
-        type=_kinds,
-        default=KINDS,
-        metavar="KIND,...",
-        help=f"what is killed: of {', '.join(KINDS)} (all)",
-    )
-    run.add_argument("--clients", type=_at_least(1), default=4, metavar="N", help="(4)")
-    run.add_argument(
-        "--interval-ms", type=_at_least(5), default=20, metavar="MS", help="of checkpoints (20)"
-    )
-    run.add_argument(
-        "--directory",
-        type=Path,
-        default=Path("build/campaign"),
-        help="for the results (build/campaign)",
-    )
+    _add_trials(run, KINDS, "what is killed")
     run.add_argument(
         "--negative",
         action="store_true",
         help="do not hold the guest's packets: answered requests must get lost",
     )
+    many = commands.add_parser(
+        "faults",
+        help="the campaign of all kinds of faults",
+        description=_FAULTS,
+        epilog=_EXAMPLES,
+        formatter_class=form,
+    )
+    _add_trials(many, faults.KINDS, "what fails", also=tuple(faults.CLUSTER))
+    many.add_argument(
+        "--cluster",
+        action="store_true",
+        help="three managers over MariaDB, in place of two over SQLite",
+    )
+    many.add_argument(
+        "--negative",
+        choices=NEGATIVES,
+        default="",
+        help="do not wait for commits, or not for the arbiter: it must be found out",
+    )
+    again = commands.add_parser(
+        "summarise",
+        help="a campaign's summary anew, from its trials",
+        description="Makes summary.json of a campaign of faults anew from its trials.jsonl.",
+    )
+    again.add_argument("directory", type=Path, help="with the results")
     made = commands.add_parser(
         "page",
         help="the results page, from summaries",
-        description="Makes a page of the documentation from files that 'run' wrote.",
+        description="Makes a page of the documentation from files that 'run' or 'faults' wrote.",
     )
     made.add_argument(
         "files",
@@ -119,7 +183,15 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"summaries ({page.DATA}/{page.PATTERN})",
     )
     made.add_argument(
-        "--output", type=Path, default=page.PAGE, metavar="FILE", help=f"the page ({page.PAGE})"
+        "--faults",
+        action="store_true",
+        help=f"of campaigns of faults: from {page.DATA}/{page.FAULTS_PATTERN}",
+    )
+    made.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"the page ({page.PAGE}; with --faults: {page.FAULTS_PAGE})",
     )
     return parser
 
@@ -132,18 +204,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger().addHandler(logging.NullHandler())
     if options.command == "page":
         return _page(parser, options)
+    if options.command == "summarise":
+        return _summarise(options)
     return _run(options, ["nova-pmt-campaign", *arguments])
 
 
 def _page(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    files = options.files or sorted(page.DATA.glob(page.PATTERN))
+    pattern = page.FAULTS_PATTERN if options.faults else page.PATTERN
+    files = options.files or sorted(page.DATA.glob(pattern))
     if not files:
-        parser.error(f"there is no {page.DATA}/{page.PATTERN}: name the files")
+        parser.error(f"there is no {page.DATA}/{pattern}: name the files")
+    output = options.output or (page.FAULTS_PAGE if options.faults else page.PAGE)
     try:
-        text = page.page(files)
-        options.output.write_text(text, encoding="utf-8")
+        text = page.faults_page(files) if options.faults else page.page(files)
+        output.write_text(text, encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"error: these are no results of a campaign: {error!r}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _summarise(args: argparse.Namespace) -> int:
+    from nova_pmt.evaluation.faultcampaign import summarise_again
+
+    try:
+        summary = summarise_again(args.directory)
+        text = json.dumps(summary, indent=2) + "\n"
+        (args.directory / "summary.json").write_text(text, encoding="utf-8")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"error: these are no results of a campaign of faults: {error!r}", file=sys.stderr)
         return 1
     return 0
 
@@ -153,7 +242,9 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
     from nova_pmt.bench import environment
     from nova_pmt.evaluation import report
     from nova_pmt.evaluation.campaign import Campaign, Options, campaign_lab
+    from nova_pmt.evaluation.faultcampaign import FaultCampaign, fault_lab
 
+    many = args.command == "faults"
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     if not out.is_terminal:
         out.width = _WIDE
@@ -164,15 +255,36 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
         kinds=args.kinds,
         clients=args.clients,
         interval_ms=args.interval_ms,
-        negative=args.negative,
+        negative=args.negative is True,
     )
     status, campaign = 1, None
-    machine = environment.header("output-commit", command, environment.qemu_version())
+    name, title = ("faults", "Faults") if many else ("output-commit", "Output commit")
+    machine = environment.header(name, command, environment.qemu_version())
     try:
-        with report.Report(err, args.trials, negative=args.negative) as progress:
-            progress.note(f"seed {seed}; two hosts with agents, RabbitMQ, a guest with two disks")
-            with campaign_lab() as lab:
-                campaign = Campaign(lab, options, args.directory, progress.trial)
+        with report.Report(
+            err, args.trials, negative=bool(args.negative), short=not many
+        ) as progress:
+            hosts = "two hosts with agents"
+            if many:
+                managers = "three managers, MariaDB" if args.cluster else "two managers"
+                hosts = f"three hosts with agents, {managers}"
+            progress.note(f"seed {seed}; {hosts}, RabbitMQ, a guest with two disks")
+            with contextlib.ExitStack() as stack:
+                if many:
+                    lab, plane = stack.enter_context(fault_lab(args.cluster))
+                    campaign = FaultCampaign(
+                        lab,
+                        options,
+                        args.directory,
+                        progress.trial,
+                        plane=plane,
+                        without=args.negative,
+                    )
+                else:
+                    lab = stack.enter_context(campaign_lab())
+                    campaign = Campaign(lab, options, args.directory, progress.trial)
+                for kind, reason in getattr(campaign, "skipped", {}).items():
+                    progress.note(f"skipped: {kind}: {reason}")
                 campaign.run()
         status = 0
     except PmtError as error:
@@ -182,7 +294,7 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
     finally:
         if campaign is not None:
             summary = campaign.write(machine)
-            out.print(report.table(summary))
+            out.print(report.table(summary, title))
             err.print(f"see {args.directory}/summary.json and trials.jsonl", markup=False)
             if status == 0 and not campaign.succeeded:
                 status = 1

@@ -24,7 +24,9 @@ from rich.console import Console
 from nova_pmt import exception
 from nova_pmt.agent.rpcapi import AgentAPI
 from nova_pmt.client import commands, parser
+from nova_pmt.client import session as sessions
 from nova_pmt.conf import opts
+from nova_pmt.manager.rpcapi import ManagerAPI
 from nova_pmt.messaging import oslo_messaging
 
 _INTERRUPTED = 130
@@ -42,13 +44,20 @@ def main(argv: list[str] | None = None) -> int:
     out, err = _console(sys.stdout), _console(sys.stderr)
 
     def failed(error: exception.PmtError) -> int:
-        commands.complain(err, error, args.format == "json")
-        return commands.exit_status(error)
+        sessions.complain(err, error, args.format == "json")
+        return sessions.exit_status(error)
 
     try:
         conf = _configure(args.config_file)
-        api = AgentAPI(oslo_messaging.get_rpc_transport(conf), conf.client.timeout_s)
-        session = commands.Session(args, api, list(conf.client.hosts), out, err)
+        transport, timeout_s = oslo_messaging.get_rpc_transport(conf), conf.client.timeout_s
+        session = sessions.Session(
+            args,
+            AgentAPI(transport, timeout_s),
+            list(conf.client.hosts),
+            out,
+            err,
+            managers=ManagerAPI(transport, timeout_s) if conf.manager.enabled else None,
+        )
         return commands.COMMANDS[args.command](session)
     except exception.PmtError as error:
         return failed(error)

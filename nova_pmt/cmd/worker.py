@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--control-fd", type=int, required=True, help="socket to the agent")
     known, rest = parser.parse_known_args(argv)
-    conf = cfg.ConfigOpts()
+    conf = cfg.CONF  # see nova_pmt.messaging
     log.register_options(conf)
     opts.register(conf)
     conf(rest, project="nova_pmt", prog="nova-pmt")

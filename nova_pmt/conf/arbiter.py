@@ -25,6 +25,7 @@ Plug-in (namespace ``nova_pmt.arbiters``) that decides which side of a pair goes
 Possible values:
 
 * ``file``: a directory that all hosts share.
+* ``manager``: nova-pmt-manager, asked over the message bus.
 """,
     ),
     cfg.StrOpt(
@@ -34,6 +35,22 @@ Possible values:
 Directory of the ``file`` arbiter. All compute hosts must see the same one (for instance a small
 NFS export); 'nova-pmt check' and 'nova-pmt protect' verify that they do. A side that can reach
 neither its peer nor this directory does not go on.
+""",
+    ),
+    cfg.StrOpt(
+        "on_isolation",
+        default="hold",
+        choices=[
+            ("hold", "the guest stands still and its output is held, until the arbiter answers"),
+            (
+                "release",
+                "the guest goes on alone: ONLY where another system makes sure that its "
+                "standby does not, such as [manager] fence",
+            ),
+        ],
+        help="""
+What a primary does that has lost its standby and cannot reach the arbiter. Its standby may be going
+on at that very time.
 """,
     ),
 ]

@@ -46,13 +46,14 @@ is shortened or lengthened (between a quarter and four times ``interval_ms``) to
         min=0,
         max=8,
         help="""
-Pre-copy passes just before each pause: each copies, while the guest runs, what was written
-so far, so that little is left to copy in the pause. 0 copies everything in the pause.
+Most pre-copy passes just before each pause: each copies, while the guest runs, what was written
+so far, so that little is left to copy in the pause; one that finds little is the last. 0 copies
+everything in the pause.
 """,
     ),
     cfg.IntOpt(
         "pipeline_depth",
-        default=2,
+        default=4,
         min=1,
         max=8,
         help="Checkpoints that may be under way to the standby at a time, the newest included.",

@@ -18,8 +18,21 @@ import socket
 from typing import Any
 
 from oslo_config import cfg
+from oslo_db import options as db_options
 
-from nova_pmt.conf import agent, arbiter, checkpoint, client, disk, guest, network, replication
+from nova_pmt.conf import (
+    agent,
+    arbiter,
+    checkpoint,
+    client,
+    disk,
+    guest,
+    manager,
+    metrics,
+    network,
+    nova,
+    replication,
+)
 
 _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
     (agent.GROUP, agent.OPTS),
@@ -28,7 +41,10 @@ _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
     (client.GROUP, client.OPTS),
     (disk.GROUP, disk.OPTS),
     (guest.GROUP, guest.OPTS),
+    (manager.GROUP, manager.OPTS),
+    (metrics.GROUP, metrics.OPTS),
     (network.GROUP, network.OPTS),
+    (nova.GROUP, nova.OPTS),
     (replication.GROUP, replication.OPTS),
     (replication.TLS_GROUP, replication.TLS_OPTS),
 ]
@@ -36,15 +52,21 @@ _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
 
 def list_opts() -> list[tuple[cfg.OptGroup | str, list[cfg.Opt]]]:
     """Entry point ``oslo.config.opts``."""
-    return [("DEFAULT", agent.DEFAULT_OPTS), *_GROUPS]
+    return [
+        ("DEFAULT", agent.DEFAULT_OPTS),
+        *_GROUPS,
+        (nova.GROUP, nova.list_auth_opts()),
+    ]
 
 
 def register(conf: cfg.ConfigOpts) -> None:
     """Register every option of ours."""
     conf.register_opts(agent.DEFAULT_OPTS)
     for group, options in _GROUPS:
-        conf.register_group(group)
-        conf.register_opts(options, group=group)
+        # Not the same object for every conf: options of one would be options of the other.
+        conf.register_group(cfg.OptGroup(group.name, title=group.title))
+        conf.register_opts(options, group=group.name)
+    conf.register_opts(db_options.database_opts, "database")
 
 
 def host_name(conf: Any) -> str:

@@ -39,7 +39,10 @@ network that should carry the checkpoints. Default: ``my_ip``.
         "peer_timeout_ms",
         default=500,
         min=50,
-        help="A peer that was silent for this long, in milliseconds, is lost.",
+        help="""
+A peer that was silent for this long, in milliseconds, is lost. On a loaded host, where longer gaps
+between heartbeats are usual, up to four times as long: three times the longest recent gap.
+""",
     ),
     cfg.IntOpt(
         "claim_delay_ms",

@@ -18,6 +18,11 @@ killed (:mod:`nova_pmt.evaluation.campaign`). What the clients were answered is 
 and disks of the guest are compared with it after each failure (:mod:`nova_pmt.evaluation.ledger`,
 :mod:`nova_pmt.evaluation.images`).
 
+The same with managers, three hosts and all that can fail there is the fault campaign
+(:mod:`nova_pmt.evaluation.faultcampaign`): what is done when follows from a seed
+(:mod:`nova_pmt.evaluation.faults`), and a timeline of all that hosts let out shows whether two of
+them ever did (:mod:`nova_pmt.evaluation.timeline`).
+
 What does not live here: measurements of time (:mod:`nova_pmt.bench`), and anything that the product
 needs.
 """

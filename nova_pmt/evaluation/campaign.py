@@ -32,14 +32,14 @@ from typing import Any
 import numpy as np
 
 from nova_pmt.evaluation import evidence
-from nova_pmt.evaluation.plan import KINDS, Kind, plans
+from nova_pmt.evaluation.plan import KINDS, plans
 from nova_pmt.evaluation.session import Session
 from nova_pmt.evaluation.site import Site
 from nova_pmt.evaluation.trial import Pace, Result, Trial, Void
 from nova_pmt.exception import PmtError
 from nova_pmt.lab import Lab, deployment
 from nova_pmt.lab.transactions import CAPACITY
-from nova_pmt.worker.outputs import UNBUFFERED, UNSAFE
+from nova_pmt.unsafe import UNBUFFERED, VARIABLE
 
 #: On top of the lab's configuration.
 CONFIG: Mapping[str, Mapping[str, str]] = {"agent": {"resync_interval_s": "1"}}
@@ -47,8 +47,6 @@ CONFIG: Mapping[str, Mapping[str, str]] = {"agent": {"resync_interval_s": "1"}}
 THINK_S = 0.005
 #: A connection without an answer for so long is broken, in seconds. In the negative most are.
 ANSWER_S, NEGATIVE_ANSWER_S = 20.0, 3.0
-#: Guests that may be lost for no fault of the product's.
-_VOIDS = 10
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Options:
 
     trials: int
     seed: int
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[str, ...] = KINDS
     clients: int = 4
     interval_ms: int = 20
     negative: bool = False
@@ -89,28 +87,62 @@ class Campaign:
         self._directory = directory
         self._on_trial = on_trial
         self._begun = time.monotonic()
-        self._plans = itertools.islice(plans(options.seed, options.kinds), options.trials)
+        self._plans: Iterator[Any] = itertools.islice(self._draw(), options.trials)
         self._think_s = THINK_S
         self.results: list[Result] = []
         self.guests = 0
         self.voids: list[str] = []
         self.stopped = ""
 
+    # -- what a campaign of another kind does otherwise -----------------------------------
+
+    #: Further members of the results to sum up.
+    sums: Sequence[str] = ()
+    #: Guests that may be lost for no fault of the product's.
+    voids_allowed = 10
+
+    @property
+    def answer_s(self) -> float:
+        """A connection without an answer for so long is broken."""
+        return NEGATIVE_ANSWER_S if self._options.negative else ANSWER_S
+
+    def _draw(self) -> Iterator[Any]:
+        """What the trials do, one after the other."""
+        return plans(self._options.seed, self._options.kinds)
+
+    def _open(self) -> contextlib.AbstractContextManager[Any]:
+        """Start what the hosts have, and end it."""
+        return Site.open(self._lab, {VARIABLE: UNBUFFERED} if self._options.negative else {})
+
+    def _trial(self, site: Any, session: Session, plan: Any) -> Trial:
+        """One trial, yet to be run."""
+        return Trial(
+            site,
+            session,
+            plan,
+            Pace(self._think_s),
+            {"interval_ms": self._options.interval_ms},
+            fenced=not self._options.negative,
+        )
+
+    def _examine(self, result: Result, session: Session) -> None:
+        """Look closer at a trial that has just ended, while everything is still there."""
+
+    # -- running them -------------------------------------------------------------------
+
     def run(self) -> None:
         """All trials, or as many as can be. What there is, is written also when it fails.
 
         :raises PmtError: the lab or the product failed; :attr:`stopped` tells why.
         """
-        options = self._options
         self._directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._directory / "logs", ignore_errors=True)
-        env = {UNSAFE: UNBUFFERED} if options.negative else {}
         try:
             with (
                 (self._directory / "trials.jsonl").open(
                     "w", encoding="utf-8", buffering=1
                 ) as lines,
-                Site.open(self._lab, env) as site,
+                self._open() as site,
             ):
                 while self._left and not self.stopped:
                     self._guest(site, lines.write)
@@ -124,36 +156,28 @@ class Campaign:
             if self.stopped or not self.succeeded:
                 self._keep_logs()
 
-    def _keep_logs(self) -> None:
+    def _keep_logs(self, logs: Path | None = None) -> None:
         """What the agents and workers said, before the lab is gone."""
-        logs = self._directory / "logs"
+        logs = logs or self._directory / "logs"
         shutil.copytree(self._lab.ctl.log_directory, logs, dirs_exist_ok=True)
 
     @property
     def _left(self) -> int:
         return self._options.trials - len(self.results) - len(self.voids)
 
-    def _guest(self, site: Site, write: Callable[[str], object]) -> None:
+    def _guest(self, site: Any, write: Callable[[str], object]) -> None:
         """Trials with one guest, for as long as it lives and has room."""
         options = self._options
         self.guests += 1
-        answer_s = NEGATIVE_ANSWER_S if options.negative else ANSWER_S
         with Session.start(
             self._lab,
             clients=options.clients,
             seed=options.seed,
-            answer_s=answer_s,
+            answer_s=self.answer_s,
             disks=options.disks,
         ) as session:
             for plan in self._plans:
-                trial = Trial(
-                    site,
-                    session,
-                    plan,
-                    Pace(self._think_s),
-                    {"interval_ms": options.interval_ms},
-                    fenced=not options.negative,
-                )
+                trial = self._trial(site, session, plan)
                 before = session.ledger.records
                 try:
                     result = trial.run()
@@ -163,12 +187,13 @@ class Campaign:
                     raise
                 except Void as void:
                     self.voids.append(f"trial {plan.number} ({plan.kind}): {void}")
-                    if len(self.voids) >= _VOIDS:
-                        self.stopped = f"{_VOIDS} guests were lost before their trials"
+                    if len(self.voids) >= self.voids_allowed:
+                        self.stopped = f"{len(self.voids)} guests were lost before their trials"
                     return
                 self.results.append(result)
                 write(json.dumps(result.to_dict()) + "\n")
                 self._on_trial(result)
+                self._examine(result, session)
                 if options.until_loss and result.lost:
                     self.stopped = "the first loss"
                     return
@@ -201,6 +226,7 @@ class Campaign:
             self.results,
             self._options,
             machine,
+            also=self.sums,
             guests=self.guests,
             void=self.voids,
             stopped=self.stopped,
@@ -228,9 +254,17 @@ _TIMES = (
 
 
 def summarise(
-    results: Sequence[Result], options: Options, machine: Mapping[str, Any], **more: Any
+    results: Sequence[Result],
+    options: Options,
+    machine: Mapping[str, Any],
+    *,
+    also: Sequence[str] = (),
+    **more: Any,
 ) -> dict[str, Any]:
-    """Sums over all trials, quantiles of times, and what happened to each kind."""
+    """Sums over all trials, quantiles of times, and what happened to each kind.
+
+    :param also: further members of the results to sum up.
+    """
 
     def total(key: str, of: Sequence[Result] = results) -> int:
         return sum(getattr(result, key) for result in of)
@@ -248,7 +282,7 @@ def summarise(
             "failover_ms": quantiles(result.failover_ms for result in of),
             "silence_ms": quantiles(result.silence_ms for result in of),
         }
-    sums = {key: total(key) for key in _SUMS}
+    sums = {key: total(key) for key in (*_SUMS, *also)}
     return {
         "trials": len(results),
         "failovers": failovers(results),

@@ -20,11 +20,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nova_pmt import faultpoint, unsafe
 from nova_pmt.evaluation.report import two
 
 PAGE = Path("doc/source/results/output-commit.md")
 DATA = Path("doc/source/results/data")
 PATTERN = "output-commit*.json"
+FAULTS_PAGE = Path("doc/source/results/faults.md")
+FAULTS_PATTERN = "faults*.json"
 
 _INTRODUCTION = """\
 # Output commit: the campaign
@@ -53,6 +56,38 @@ The same campaign with `NOVA_PMT_UNSAFE=no-egress-buffer`: packets are not held 
 checkpoint is committed. It must lose answered requests; otherwise the campaign could not fail.
 Connections break as well, since clients have then seen more of them than the survivor knows.
 """
+
+
+_FAULTS_INTRODUCTION = """\
+# One survivor: the fault campaign
+
+<!-- Made by `nova-pmt-campaign page --faults` from the files that campaigns wrote. Do not edit. -->
+
+Three hosts with agents, two managers over one database, RabbitMQ, and one guest with a small
+transactional server; clients outside hold their connections open and send requests. Each trial does
+something of this at a random moment, and puts it right after a random time, half of the time not
+before it was decided who goes on:
+
+- SIGKILL, or SIGSTOP and later SIGCONT: of QEMU, worker or agent of either side, of one manager or
+  both, of RabbitMQ
+- the managers' database locked by somebody else
+- a whole host: its power cut (with its network first, or not), or all its processes stopped
+- cables of either side: replication, control plane, both or the guest's cut; one direction only;
+  packets lost at random; little bandwidth
+- a worker that dies when it comes to a named step of a synchronisation, a round, a failover or a
+  planned switchover
+- two of these at once
+
+Then the guest must be protected again, by itself, wherever it is. What is checked each time: what
+clients were answered, as in the [campaign of output commit](output-commit.md); one timeline of all
+that hosts let out, in which nobody lets out anything after another side went on, and no epoch
+before its checkpoint was whole on the standby; and that nothing is left over on any host of older
+arrangements: processes, sockets, filters, files below `/run/nova_pmt`, memory, interfaces.
+"""
+
+
+#: How what is said of void trials ends: of faults, or not.
+_END = {False: "the kill", True: "the fault, or lost guest and standby at once"}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -97,8 +132,105 @@ def _kinds(summary: Mapping[str, Any]) -> str:
     return _table((*head, "no answer to any client, ms p50 / p99"), rows)
 
 
+def _fault_sums(summary: Mapping[str, Any]) -> str:
+    rows = [
+        ("trials", summary["trials"]),
+        ("a standby went on", summary["failovers"]),
+        ("requests answered", summary["answered"]),
+        ("**answered requests lost**", f"**{summary['lost']}**"),
+        ("requests or answers twice", summary["repeated"]),
+        ("connections broken", summary["broken_connections"]),
+        ("images unlike the answered requests", summary["image_mismatches"]),
+        ("**outputs of two hosts**", f"**{summary['split_brain']}**"),
+        ("epochs released before their commit", summary["early_releases"]),
+        ("things left over", summary["leftovers"]),
+        ("guests not protected again", summary["unrecovered"]),
+    ]
+    gap = summary["gap_ms"]
+    if gap is not None:
+        text = " / ".join(f"{gap[key]:.0f}" for key in ("p50", "p99", "max"))
+        rows.append(("longest silence that clients saw, ms p50 / p99 / max", text))
+    return _table(("what", "how many"), rows)
+
+
+def _fault_kinds(summary: Mapping[str, Any]) -> str:
+    kinds, steps = summary["faults"]["kinds"], summary["faults"]["steps"]
+    rows = [(f"`{kind}`", count) for kind, count in kinds.items() if kind != "step"]
+    rows += [(f"died at `{step}`", count) for step, count in steps.items()]
+    text = _table(("fault", "times"), rows)
+    for kind, reason in summary["skipped"].items():
+        text += f"\nNot done: `{kind}`: {reason}"
+    return text
+
+
+def faults_page(files: Sequence[Path]) -> str:
+    """As :func:`page`, of campaigns of faults."""
+    parts = [_FAULTS_INTRODUCTION]
+    read = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in files]
+    safe = [summary for _, summary in read if not summary.get("without")]
+    if len(safe) > 1:
+        parts += ["## All together\n", _together(safe)]
+    for path, summary in sorted(read, key=lambda one: bool(one[1].get("without"))):
+        if summary.get("without"):
+            parts.append(f"## Without: seed {summary['seed']}\n")
+            parts.append(_WITHOUT[summary["without"]])
+        else:
+            parts.append(f"## {summary['trials']} trials: seed {summary['seed']}\n")
+        plane = f"{summary['managers']} managers over {summary['database']}."
+        parts += [plane + "\n", _fault_sums(summary), _fault_kinds(summary)]
+        parts += [_gaps(summary), _facts(path, summary)]
+    return "\n".join(parts)
+
+
+_WITHOUT = {
+    unsafe.AT_ONCE: """\
+The same campaign with `NOVA_PMT_UNSAFE=release-at-once`: packets are let out when their epoch ends
+and not when it is committed. It must find epochs that are released early, or it could not fail.
+""",
+    unsafe.UNDECIDED: """\
+The same campaign with `NOVA_PMT_UNSAFE=no-arbiter`: whoever claims goes on. It must find that two
+hosts let out what one may, or it could not fail.
+""",
+}
+
+
+def _together(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Sums over several campaigns, and the named steps that none of them came to."""
+    sums = (
+        ("trials", "trials"),
+        ("a standby went on", "failovers"),
+        ("requests answered", "answered"),
+        ("**answered requests lost**", "lost"),
+        ("requests or answers twice", "repeated"),
+        ("connections broken", "broken_connections"),
+        ("images unlike the answered requests", "image_mismatches"),
+        ("**outputs of two hosts**", "split_brain"),
+        ("epochs released before their commit", "early_releases"),
+        ("things left over", "leftovers"),
+        ("guests not protected again", "unrecovered"),
+    )
+    rows = [(what, sum(summary[key] for summary in summaries)) for what, key in sums]
+    died = {step for summary in summaries for step in summary["faults"]["steps"]}
+    missed = [f"`{step}`" for step in faultpoint.WORKER_STEPS if step not in died]
+    text = f"{len(died)} of {len(faultpoint.WORKER_STEPS)} named steps were died at"
+    return _table(("what", "how many"), rows) + f"\n{text}{_but(missed)}.\n"
+
+
+def _but(missed: Sequence[str]) -> str:
+    return f", none at {', '.join(missed)}" if missed else ""
+
+
+def _gaps(summary: Mapping[str, Any]) -> str:
+    rows = [
+        (f"`{name}`", row["trials"], *(f"{row[key]:.0f}" for key in ("p50", "p99", "max")))
+        for name, row in summary["gaps"].items()
+    ]
+    head = ("one fault, side", "trials", "p50", "p99", "max")
+    return "No answer to any client, in ms:\n\n" + _table(head, rows)
+
+
 def _facts(path: Path, summary: Mapping[str, Any]) -> str:
-    options, machine = summary["options"], summary["machine"]
+    options, machine, faults = summary["options"], summary["machine"], "split_brain" in summary
     load = ", ".join(str(value) for value in machine["load_average"])
     words = [
         f"Seed {summary['seed']}, {options['clients']} clients, a checkpoint each "
@@ -116,7 +248,7 @@ def _facts(path: Path, summary: Mapping[str, Any]) -> str:
     if summary["void"]:
         words.append(
             f"{len(summary['void'])} trials do not count, because the pair had come apart before "
-            f"the kill; the campaign went on with a new guest."
+            f"{_END[faults]}; the campaign went on with a new guest."
         )
     if summary["stopped"]:
         words.append(f"It ended early: {summary['stopped']}.")

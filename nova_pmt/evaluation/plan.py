@@ -17,8 +17,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
+T = TypeVar("T")
 Kind = Literal["qemu", "worker", "both", "host"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -37,23 +38,26 @@ class Plan:
     """
 
     number: int
-    kind: Kind
+    kind: str
     moment_s: float
     silent: bool = False
 
 
-def plans(seed: int, kinds: Sequence[Kind]) -> Iterator[Plan]:
+def plans(seed: int, kinds: Sequence[str]) -> Iterator[Plan]:
     """Trials without end. The same arguments give the same trials, however many are taken.
 
     The kinds come in shuffled blocks, so that each comes equally often.
     """
     random_ = random.Random(seed)
-    number = 0
+    for number, kind in enumerate(shuffled(random_, kinds), 1):
+        moment_s = round(random_.uniform(EARLIEST_S, LATEST_S), 6)
+        silent = random_.random() < 0.5
+        yield Plan(number, kind, moment_s, silent and kind == "host")
+
+
+def shuffled(random_: random.Random, things: Sequence[T]) -> Iterator[T]:
+    """All of them in some order, and again in another, without end."""
     while True:
-        block = list(kinds)
+        block = list(things)
         random_.shuffle(block)
-        for kind in block:
-            number += 1
-            moment_s = round(random_.uniform(EARLIEST_S, LATEST_S), 6)
-            silent = random_.random() < 0.5
-            yield Plan(number, kind, moment_s, silent and kind == "host")
+        yield from block

@@ -33,8 +33,14 @@ from nova_pmt.evaluation.trial import Result
 
 #: A pipe or a file has no width: lines there must not be folded.
 _WIDE = 200
-#: Without a terminal there is a line for each so many trials.
 _EVERY = 10
+#: What only campaigns of faults have.
+_ALSO = {
+    "split_brain": "outputs of two hosts",
+    "early_releases": "epochs released early",
+    "leftovers": "things left over",
+    "unrecovered": "guests not protected again",
+}
 
 
 class Report:
@@ -42,9 +48,12 @@ class Report:
 
     :param console: where it goes; standard error, so that the table can be piped.
     :param negative: losses are what is looked for.
+    :param short: without a terminal, not a line for each trial, but a sum of so many.
     """
 
-    def __init__(self, console: Console, trials: int, *, negative: bool) -> None:
+    def __init__(
+        self, console: Console, trials: int, *, negative: bool, short: bool = True
+    ) -> None:
         self._console = console
         if not console.is_terminal:
             console.width = _WIDE
@@ -60,6 +69,7 @@ class Report:
         self._task = self._bar.add_task("trials", total=trials, story="")
         self._negative = negative
         self._trials = trials
+        self._short = short
         self._sums = {"answered": 0, "lost": 0, "repeated": 0, "broken_connections": 0}
         self._failovers = self._mismatches = 0
 
@@ -75,7 +85,7 @@ class Report:
         self._failovers += result.winner == "standby"
         self._mismatches += result.image_mismatches
         if not (result.clean or self._negative):
-            self.note(f"trial {result.trial} ({result.kind}): {'; '.join(result.problems)}")
+            self.note(f"trial {result.trial} ({result.what}): {'; '.join(result.problems)}")
         story = (
             f"{self._failovers} failovers, {self._sums['answered']} answered, "
             f"{self._sums['lost']} lost, {self._sums['repeated']} repeated, "
@@ -83,7 +93,14 @@ class Report:
             f"{self._mismatches} images wrong"
         )
         self._bar.update(self._task, advance=1, story=story)
-        if not self._console.is_terminal and result.trial % _EVERY == 0:
+        if self._console.is_terminal:
+            return
+        if not self._short:
+            self.note(
+                f"trial {result.trial}: {result.what}: {result.winner or 'nobody'} went on alone, "
+                f"silence {result.silence_ms or 0:.0f} ms, {result.duration_s:.0f} s"
+            )
+        elif result.trial % _EVERY == 0:
             self.note(f"{result.trial} of {self._trials}: {story}")
 
     def __enter__(self) -> Report:
@@ -99,9 +116,9 @@ class Report:
         self._bar.stop()
 
 
-def table(summary: Mapping[str, Any]) -> Table:
+def table(summary: Mapping[str, Any], title: str = "Output commit") -> Table:
     """The sums, and a line for each kind."""
-    found = Table(title=f"Output commit, seed {summary['seed']}: {summary['seconds']:.0f} s")
+    found = Table(title=f"{title}, seed {summary['seed']}: {summary['seconds']:.0f} s")
     columns = ("killed", "trials", "failovers", "lost", "to running ms p50 / p99", "silence ms")
     for name in columns:
         found.add_column(name, justify="right")
@@ -119,6 +136,8 @@ def table(summary: Mapping[str, Any]) -> Table:
         f"{summary['repeated']} repeated, {summary['broken_connections']} connections broken, "
         f"{summary['image_mismatches']} images wrong"
     )
+    for key, name in _ALSO.items():
+        words += f", {summary[key]} {name}" if key in summary else ""
     found.caption = words + (f"; ended early: {summary['stopped']}" if summary["stopped"] else "")
     return found
 

@@ -116,6 +116,15 @@ class Traffic:
                     lane.failure = f"client {lane.client.client}: not the same connection"
             return [lane.failure for lane in self._lanes if lane.failure]
 
+    def latest(self) -> float:
+        """When the last answer came, CLOCK_MONOTONIC; 0: there was none."""
+        times = (
+            exchange.answered_at or 0.0
+            for lane in self._lanes
+            for exchange in lane.client.exchanges[-2:]
+        )
+        return max(times, default=0.0)
+
     def take(self) -> list[Exchange]:
         """Requests that are over and were not taken before; only when quiet."""
         found = []

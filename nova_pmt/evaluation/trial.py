@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -94,6 +94,11 @@ class Result:
     problems: list[str] = field(default_factory=list)
 
     @property
+    def what(self) -> str:
+        """What was done, in few words."""
+        return self.kind
+
+    @property
     def clean(self) -> bool:
         """Nothing that a client could have seen, or that two copies could have done, is wrong."""
         return not (
@@ -140,6 +145,7 @@ class Trial:
         options: Mapping[str, float],
         *,
         fenced: bool = True,
+        result: Result | None = None,
     ) -> None:
         self._site = site
         self._session = session
@@ -147,7 +153,7 @@ class Trial:
         self._pace = pace
         self._options = options
         self._fenced = fenced
-        self._result = Result(plan.number, plan.kind, plan.moment_s, plan.silent)
+        self._result = result or Result(plan.number, plan.kind, plan.moment_s, plan.silent)
 
     def run(self) -> Result:
         """Do it, to the end: afterwards both hosts and their agents are up.
@@ -160,7 +166,7 @@ class Trial:
         traffic.go(self._pace.syncing_s)
         pair, result.refused = self._site.protected(self._session.guest, self._options)
         result.primary, result.generation = pair["primary_host"], pair["generation"]
-        result.protect_s = _seconds(begun)
+        result.protect_s = seconds_since(begun)
         failed = self._session.guest.host
         kill = self._until_kill(pair)
         with self._restoring(failed) as restored:
@@ -175,7 +181,7 @@ class Trial:
             if not self._fenced:
                 self._check(killed)
             self._times(survivor, killed)
-        result.duration_s = _seconds(begun)
+        result.duration_s = seconds_since(begun)
         return result
 
     # -- the kill -----------------------------------------------------------------------
@@ -284,13 +290,15 @@ class Trial:
         if view.problem:
             result.disks_unlike_memory = 1
             self._blame([view.problem])
-        with images.paused(session.guest):
-            found = images.examine(
+        found = images.while_paused(
+            session.guest,
+            lambda: images.examine(
                 session.guest,
                 session.ledger.expected(),
                 session.ledger.possible(),
                 session.boot_id,
-            )
+            ),
+        )
         for image in found:
             result.image_mismatches += bool(image.mismatches)
             result.image_check_errors += image.errors
@@ -299,9 +307,9 @@ class Trial:
         session.room = result.records < transactions.CAPACITY - 1000
         if broken or not self._fenced:
             session.reconnect(everybody=not self._fenced)
-        result.check_s = _seconds(begun)
+        result.check_s = seconds_since(begun)
 
-    def _blame(self, lines: list[str]) -> None:
+    def _blame(self, lines: Sequence[str]) -> None:
         self._result.problems += lines[:_KEPT]
         if len(lines) > _KEPT:
             self._result.problems.append(f"... and {len(lines) - _KEPT} more like this")
@@ -329,5 +337,6 @@ class Restored:
         self._future.result()
 
 
-def _seconds(begun: float) -> float:
+def seconds_since(begun: float) -> float:
+    """As results have it."""
     return round(time.monotonic() - begun, 3)

@@ -15,24 +15,42 @@
 It tells what ``xen-save-devices-state`` does not: the machine's configuration section and
 the contents of ROM-type RAM blocks, without which the guest could not reboot after a
 failover. Everything that is set for it is put back: Nova's live migration would find it.
+Meanwhile a file in the guest's directory says what that is, for who comes after one that died.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, BinaryIO, cast
+from dataclasses import asdict, dataclass
+from typing import BinaryIO, cast
+
+from oslo_log import log
 
 from nova_pmt import exception
 from nova_pmt.guest.layout import Layout
 from nova_pmt.guest.monitor import Monitor, QmpCommandError
 from nova_pmt.guest.vmstate import Prelude, PreludeReader
 
-REQUIRED_CAPABILITIES = ("x-ignore-shared", "pause-before-switchover", "events")
+LOG = log.getLogger(__name__)
+
+#: No libvirt sets it: while it is on, a migration is ours, or finds what we left.
+_OURS = "x-ignore-shared"
+REQUIRED_CAPABILITIES = (_OURS, "pause-before-switchover", "events")
+PARAMETERS = ("max-bandwidth", "downtime-limit")
+#: In the guest's directory, from before anything is changed until all is as it was.
+FILE = "prelude.json"
+_MAX_FILE_BYTES = 65536
+_ENDED = ("none", "cancelled", "failed", "completed")
+#: How QEMU calls a guest that a migration holds; an operator's pause has another name.
+_HELD = ("finish-migrate", "postmigrate")
+_END_S = 5.0
 #: For the copy of small blocks; the stream stays on this host.
 BANDWIDTH = 4 << 30
 LONGEST_DOWNTIME_MS = 2_000_000
@@ -62,37 +80,147 @@ def check(monitor: Monitor) -> None:
         )
 
 
-def _set_capabilities(monitor: Monitor, states: dict[str, bool]) -> None:
-    if states:
-        monitor.execute(
-            "migrate-set-capabilities",
-            capabilities=[{"capability": name, "state": on} for name, on in states.items()],
-        )
+@dataclass(frozen=True)
+class _Before:
+    """What there was before a prelude, and has to be again.
+
+    :param running: whether the guest ran.
+    """
+
+    running: bool
+    capabilities: dict[str, bool]
+    parameters: dict[str, int]
+
+    @classmethod
+    def parse(cls, text: str) -> _Before:
+        """:raises ValueError, TypeError: it is not what :meth:`save` wrote."""
+        found = cls(**json.loads(text))
+        if not (
+            isinstance(found.running, bool)
+            and all(isinstance(on, bool) for on in found.capabilities.values())
+            and all(type(number) is int for number in found.parameters.values())
+            and set(found.parameters) <= set(PARAMETERS)
+        ):
+            raise ValueError("it is not a prelude's")
+        return found
+
+    def save(self, path: str) -> None:
+        # (Not synced: who loses power loses the guest as well.)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + ".new")
+        # QEMU may write in this directory: no link of its making is followed.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(path + ".new", flags, 0o600), "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file)
+        os.replace(path + ".new", path)
 
 
-@contextlib.contextmanager
-def _migration_settings(monitor: Monitor) -> Iterator[None]:
-    """Set capabilities and parameters for the prelude; put back exactly what was there."""
-    before = {
+def _left(path: str) -> _Before:
+    """What one that died wrote down.
+
+    :raises nova_pmt.exception.GuestError: it cannot be read.
+    """
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(path, flags), encoding="utf-8") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise exception.GuestError(f"{path} is no file", cure="Remove it.")
+            return _Before.parse(file.read(_MAX_FILE_BYTES))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        # It was written whole: nobody knows what to put back, and that must not stay unnoticed.
+        raise exception.GuestError(
+            f"{path} cannot be read: {error}",
+            cure="Put the guest's migration capabilities and parameters back by hand "
+            "('virsh qemu-monitor-command'), then remove the file.",
+        ) from error
+
+
+def _capabilities(monitor: Monitor) -> dict[str, bool]:
+    return {
         entry["capability"]: bool(entry["state"])
         for entry in monitor.execute("query-migrate-capabilities")
     }
-    wanted = {name: name in REQUIRED_CAPABILITIES for name in before}
-    changed = {name: state for name, state in before.items() if wanted[name] != state}
+
+
+def _set_capabilities(monitor: Monitor, wanted: dict[str, bool]) -> None:
+    """In one command, so that all are set or none; nothing where nothing differs."""
+    now = _capabilities(monitor)
+    changed = {name: on for name, on in wanted.items() if now.get(name, on) != on}
+    if changed:
+        monitor.execute(
+            "migrate-set-capabilities",
+            capabilities=[{"capability": name, "state": on} for name, on in changed.items()],
+        )
+
+
+def _put_back(monitor: Monitor, before: _Before, path: str) -> None:
+    """Capabilities last: while ours is on, there is something left to do (:func:`recover`)."""
+    monitor.execute("migrate-set-parameters", **before.parameters)
+    _set_capabilities(monitor, before.capabilities)
+    os.unlink(path)
+
+
+@contextlib.contextmanager
+def _migration_settings(monitor: Monitor, running: bool, path: str) -> Iterator[None]:
+    """Set capabilities and parameters for the prelude; put back exactly what was there."""
+    capabilities = _capabilities(monitor)
     parameters = monitor.execute("query-migrate-parameters")
-    saved: dict[str, Any] = {
-        name: parameters[name] for name in ("max-bandwidth", "downtime-limit") if name in parameters
-    }
-    _set_capabilities(monitor, {name: wanted[name] for name in changed})
+    before = _Before(
+        running, capabilities, {name: parameters[name] for name in PARAMETERS if name in parameters}
+    )
+    before.save(path)
     try:
+        _set_capabilities(monitor, {name: name in REQUIRED_CAPABILITIES for name in capabilities})
         # A short limit first, so that QEMU sends every block before it wants to switch over.
         monitor.execute(
             "migrate-set-parameters", **{"max-bandwidth": BANDWIDTH, "downtime-limit": 1}
         )
         yield
     finally:
-        monitor.execute("migrate-set-parameters", **saved)
-        _set_capabilities(monitor, changed)
+        _put_back(monitor, before, path)
+
+
+def recover(monitor: Monitor, directory: str) -> None:
+    """Undo what a prelude left whose process died: end its migration, put back what it had set.
+
+    Nothing where no prelude was cut short: a migration of somebody else's is not touched. Does not
+    let a guest run on that an operator has paused meanwhile. Idempotent.
+
+    :param directory: as given to :func:`take`.
+    :raises nova_pmt.exception.GuestError: something is left; ask again.
+    """
+    path = os.path.join(directory, FILE)
+    if not os.path.lexists(path):
+        return
+    if not _capabilities(monitor).get(_OURS):
+        # Nothing was changed yet, or all is put back; or it is another QEMU by now.
+        os.unlink(path)
+        return
+    before = _left(path)
+    LOG.warning("%s: a prelude was cut short; ending its migration", directory)
+    _end_left(monitor, before.running)
+    with contextlib.suppress(exception.GuestError):
+        while True:  # a prelude waits for its own
+            monitor.wait_event("MIGRATION", 0.0)
+    _put_back(monitor, before, path)
+
+
+def _end_left(monitor: Monitor, was_running: bool) -> None:
+    deadline = time.monotonic() + _END_S
+    if monitor.execute("query-migrate").get("status", "none") not in _ENDED:
+        with contextlib.suppress(QmpCommandError):
+            monitor.execute("migrate_cancel")
+    while True:
+        status = monitor.execute("query-migrate").get("status", "none")
+        held = monitor.execute("query-status")["status"] in _HELD
+        if status in _ENDED and not (was_running and held):
+            return
+        if time.monotonic() > deadline:
+            if status in ("cancelled", "failed"):  # (a guest that was moved must not run here)
+                monitor.execute("cont")
+                return
+            raise exception.GuestError(f"migration of a dead prelude stays in state '{status}'")
+        time.sleep(0.002)
 
 
 def _end(monitor: Monitor, was_running: bool, timeout_s: float) -> None:
@@ -103,7 +231,7 @@ def _end(monitor: Monitor, was_running: bool, timeout_s: float) -> None:
     while True:
         status = monitor.execute("query-migrate").get("status", "none")
         running = monitor.execute("query-status")["running"]
-        if status in ("none", "cancelled", "failed", "completed") and running == was_running:
+        if status in _ENDED and running == was_running:
             return
         if time.monotonic() > deadline:
             if was_running and not running:
@@ -122,10 +250,12 @@ def take(monitor: Monitor, layout: Layout, directory: str, timeout_s: float = 60
     """Run the prelude on a running guest.
 
     :param layout: its tracked blocks; their pages are not kept.
-    :param directory: where the socket is made; QEMU's user must be able to enter it.
+    :param directory: the guest's, for the socket and :data:`FILE`; QEMU's user must be able to
+        enter it.
     :param timeout_s: for the whole; a guest with private memory sends all of it.
     :raises nova_pmt.exception.GuestError: it did not work; the guest runs on.
     """
+    recover(monitor, directory)
     path = os.path.join(directory, "prelude.sock")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
@@ -139,8 +269,9 @@ def take(monitor: Monitor, layout: Layout, directory: str, timeout_s: float = 60
         stack.callback(os.unlink, path)
         os.chmod(path, 0o666)  # the directory is closed to everyone but QEMU's user and root
         listener.listen(1)
-        stack.enter_context(_migration_settings(monitor))
-        stack.callback(_end, monitor, was_running, 5.0)
+        settings = _migration_settings(monitor, was_running, os.path.join(directory, FILE))
+        stack.enter_context(settings)
+        stack.callback(_end, monitor, was_running, _END_S)
         monitor.execute("migrate", uri="unix:" + path)
         connection = stack.enter_context(listener.accept()[0])
         connection.settimeout(None)

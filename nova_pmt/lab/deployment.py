@@ -32,6 +32,21 @@ ARBITER = f"{SHARED}/arbiter"
 #: What an agent logs when it can be asked.
 READY = "is ready"
 
+#: Where the managers of :func:`start_managers` keep what they know, in ctl.
+DATABASE = "/var/lib/nova_pmt/manager.sqlite"
+#: What a deployment with managers sets on every host; quick, since tests wait for it.
+WITH_MANAGERS: Mapping[str, Mapping[str, str]] = {
+    "arbiter": {"driver": "manager"},
+    "manager": {
+        "enabled": "true",
+        "heartbeat_interval_s": "0.5",
+        "host_timeout_s": "5",
+        "repair_interval_s": "0.5",
+        "repair_backoff_s": "2",
+    },
+    "database": {"connection": f"sqlite:///{DATABASE}"},
+}
+
 _TEMPLATE = """\
 [DEFAULT]
 host = {host}
@@ -59,11 +74,13 @@ def configure(
     debug: bool = False,
     peer_timeout_ms: int = 1000,
     extra: Mapping[str, Mapping[str, str]] | None = None,
+    own: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
 ) -> None:
     """Write the configuration of every host.
 
     :param peer_timeout_ms: twice the product's default: two cores emulate all hosts and guests.
     :param extra: group to option to value, on top.
+    :param own: host to what it has on top of that.
     """
     arbiter = lab.ctl.path(ARBITER)
     arbiter.mkdir(parents=True, exist_ok=True)
@@ -79,7 +96,10 @@ def configure(
             peer_timeout_ms=peer_timeout_ms,
             notifications="messagingv2" if lab.rabbit else "noop",
         )
-        for group, options in (extra or {}).items():
+        groups = {group: dict(options) for group, options in (extra or {}).items()}
+        for group, options in (own or {}).get(host.name, {}).items():
+            groups.setdefault(group, {}).update(options)
+        for group, options in groups.items():
             text += f"[{group}]\n" + "".join(f"{name} = {v}\n" for name, v in options.items())
         path = host.path(CONFIG)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,13 +118,48 @@ def wait_agents(lab: Lab, timeout: float = 60.0) -> None:
 
     :raises LabError: one ended, or did not get that far in time.
     """
-    deadline = time.monotonic() + timeout
     for host in lab.computes:
-        agent = host.processes["nova-pmt-agent"]
-        while READY not in agent.tail(1 << 20):
-            if not agent.alive() or time.monotonic() > deadline:
-                raise LabError(f"nova-pmt-agent of {host.name} is not ready: {agent.tail()}")
-            time.sleep(0.05)
+        wait_ready(host.processes["nova-pmt-agent"], timeout)
+
+
+def wait_ready(process: LabProcess, timeout: float = 60.0) -> None:
+    """Wait until an agent or a manager that was just started listens.
+
+    :raises LabError: it ended, or did not get that far in time.
+    """
+    deadline = time.monotonic() + timeout
+    while READY not in process.tail(1 << 20):
+        if not process.alive() or time.monotonic() > deadline:
+            raise LabError(f"{process.name} is not ready: {process.tail()}")
+        time.sleep(0.05)
+
+
+def start_managers(lab: Lab, count: int = 1, timeout: float = 60.0) -> list[LabProcess]:
+    """Make the database and start managers in ctl, configured with :data:`WITH_MANAGERS`.
+
+    :raises LabError: one ended, or does not listen in time.
+    """
+    lab.ctl.path(DATABASE).parent.mkdir(parents=True, exist_ok=True)
+    lab.ctl.run(["nova-pmt-manage", "--config-file", CONFIG, "db", "sync"])
+    return [start_manager(lab, number, timeout) for number in range(1, count + 1)]
+
+
+def start_manager(lab: Lab, number: int, timeout: float = 60.0) -> LabProcess:
+    """Start manager ``number`` in ctl, over the database that is there.
+
+    :param timeout: 0: do not wait for it.
+    :raises LabError: it ended, or does not listen in time.
+    """
+    argv = ["nova-pmt-manager", "--config-file", CONFIG]
+    process = lab.ctl.spawn(manager(number), argv)
+    if timeout:
+        wait_ready(process, timeout)
+    return process
+
+
+def manager(number: int) -> str:
+    """What this manager is called among the processes of ctl."""
+    return f"nova-pmt-manager-{number}"
 
 
 def deploy(lab: Lab) -> None:

@@ -28,7 +28,7 @@ BOOT = "/var/lib/libvirt/boot"
 CONSOLES = "/var/log/libvirt/qemu"
 #: For a guest that is emulated: retpolines, self-tests and security modules cost a second of its
 #: boot, and the watchdog of the clock takes a busy host for a broken time stamp counter.
-_QUICK = (
+QUICK = (
     "quiet mitigations=off cryptomgr.notests tsc=reliable no_timer_check lsm= audit=0"
     " init_on_alloc=0 rcupdate.rcu_expedited=1"
 )
@@ -129,7 +129,7 @@ class GuestSpec:
 
 def domain_xml(spec: GuestSpec) -> str:
     """The libvirt domain of ``spec``; the same on each host of the lab."""
-    arguments = f"console=ttyS0 {_QUICK} {spec.workload.kernel_arguments()}"
+    arguments = f"console=ttyS0 {QUICK} {spec.workload.kernel_arguments()}"
     if spec.nic:
         arguments += f" guest_ip={spec.ip}/24"
     scsi_disks = sum(disk.bus == "scsi" for disk in spec.disks)

@@ -26,6 +26,8 @@ from nova_pmt.guest.execution import make_execution
 from nova_pmt.worker import pausing
 
 RUNTIME = "/run/nova_pmt"
+#: In a round the last pass over the memory lies between the two.
+PREPARED_S = 5e-4
 
 
 def measure(uuid: str, rounds: int, interval_s: float) -> list[float]:
@@ -40,6 +42,8 @@ def measure(uuid: str, rounds: int, interval_s: float) -> list[float]:
         for _ in range(rounds):
             time.sleep(interval_s)
             execution.running()
+            execution.prepare()
+            time.sleep(PREPARED_S)
             start = time.perf_counter()
             execution.pause()
             execution.saved()

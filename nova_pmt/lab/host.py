@@ -22,7 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -118,6 +118,39 @@ class LabHost:
         if self.index and self.lab.ctl.powered:
             network.disconnect(self.lab.ctl.init_pid, self.index)
         self.lab.remember()
+
+    def freeze(self) -> None:
+        """SIGSTOP to all processes but PID 1, until :meth:`thaw`: the host stands still.
+
+        Its kernel does not: connections stay, packets that have left QEMU go on.
+        """
+        stopped: set[int] = set()
+        while (
+            new := self._pids() - stopped
+        ):  # whoever was just being started is found the next time
+            self._signal(new, signal.SIGSTOP)
+            stopped |= new
+
+    def thaw(self) -> None:
+        """SIGCONT to all of them."""
+        self._signal(self._pids(), signal.SIGCONT)
+        for running in self.processes.values():
+            running.go_on()
+
+    def _pids(self) -> set[int]:
+        namespace = os.readlink(f"/proc/{self._init()}/ns/pid")
+        found = set()
+        for link in Path("/proc").glob("[0-9]*/ns/pid"):
+            with contextlib.suppress(OSError):
+                if os.readlink(link) == namespace:
+                    found.add(int(link.parts[2]))
+        return found - {self.init_pid}
+
+    @staticmethod
+    def _signal(pids: Iterable[int], number: int) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def _close(self, pipe: str) -> None:
         if getattr(self, pipe) >= 0:
@@ -230,6 +263,15 @@ class LabHost:
         return self.init_pid
 
     # -- what it has -------------------------------------------------------------------------
+
+    def commands(self) -> dict[int, list[str]]:
+        """Command lines of its processes but PID 1, by their ids in the root namespace."""
+        found = {}
+        for pid in self._pids():
+            with contextlib.suppress(OSError):
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+                found[pid] = line.rstrip("\0").split("\0")
+        return found
 
     def path(self, inside: str | os.PathLike[str]) -> Path:
         """Path by which the root namespace sees ``inside`` of the running host."""

@@ -48,6 +48,15 @@ _RECIPE = 2  # increase when this file makes something else of the same files
 _KEPT = 2
 _CURE = "Install what bindep.txt lists (qemu, busybox-static, iproute2), try again."
 _BUSYBOX = Path("/usr/bin/busybox")
+#: Backtraces are shown, and the guest ends when one of its CPUs makes no progress for 20 s.
+_WATCHFUL = (
+    "loglevel=5 panic=-1 softlockup_panic=1 softlockup_all_cpu_backtrace=1 "
+    "sysctl.kernel.panic_on_rcu_stall=1"
+)
+_ENDED = "program ended: "
+#: What the kernel's complaints begin with; of the console an error shows what follows the first.
+_COMPLAINT = re.compile(r"BUG: |\[#1\]|rcu: INFO: |INFO: task |Kernel panic ")
+_SHOWN = 12_000
 
 #: Prints what an interpreter has loaded when it has imported the program, and the directories of
 #: packages whose __init__ was left out.
@@ -74,7 +83,7 @@ for module in {modules}; do $bb insmod /modules/$module.ko || echo "insmod $modu
 export PATH=/usr/sbin:/sbin:/usr/bin:/bin HOME=/tmp PYTHONPATH={pythonpath}
 $bb stty -F /dev/ttyS1 raw
 {python} -S -B -m {program} </dev/null >/dev/ttyS1
-echo "program ended: $?"
+echo "{ended}$?"
 $bb reboot -f
 """
 
@@ -125,32 +134,40 @@ def run(
 
     :returns: the program's JSON lines, and the console's text (the kernel's, and the program's
         standard error).
-    :raises LabError: QEMU did not start, or the guest was not done in time.
+    :raises LabError: QEMU did not start, the guest was not done in time, or its kernel gave up.
     """
-    argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi"]
+    argv = ["qemu-system-x86_64", "-machine", "q35"]
+    # One thread for all vCPUs. With one for each, QEMU before 8.1 may go on with what it made of an
+    # instruction that another vCPU has changed (its commit deba78709ae8 is the cure): when a kernel
+    # turned a static key while packets came in, a vCPU met the breakpoint that was long gone again
+    # and again. Nothing that is tested here needs two vCPUs at the very same time.
+    argv += ["-accel", "tcg,thread=single"]
     argv += ["-smp", str(vcpus), "-m", str(memory_mib), "-nodefaults", "-no-reboot"]
     argv += ["-display", "none", "-kernel", str(image.kernel), "-initrd", str(image.initrd)]
     # Mitigations cost time here and protect nobody from anything; so does a clock other than TSC.
-    kernel = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable clocksource=tsc"
+    kernel = f"console=ttyS0 {_WATCHFUL} mitigations=off tsc=reliable clocksource=tsc"
     argv += ["-append", f"{kernel} rdinit=/init"]
     # The console goes to standard error: kernel messages do not mix with the program's lines.
     argv += ["-chardev", "file,id=console,path=/dev/stderr", "-serial", "chardev:console"]
     argv += ["-chardev", "file,id=results,path=/dev/stdout", "-serial", "chardev:results"]
+    why = ""
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False
         )
-        late = False
     except OSError as error:
         raise LabError(f"{argv[0]}: {error.strerror}", cure=_CURE) from error
     except subprocess.TimeoutExpired as error:
         done = subprocess.CompletedProcess(argv, 0, error.stdout or b"", error.stderr or b"")
-        late = True
+        why = f"was not done after {timeout_s:.0f} s"
     console = done.stderr.decode(errors="replace").replace("\r", "")
-    if late or done.returncode:
-        why = f"was not done after {timeout_s:.0f} s" if late else "QEMU failed"
+    if done.returncode:
+        why = "QEMU failed"
+    elif not why and _ENDED not in console:
+        why = "ended before its program did"
+    if why:
         text = done.stdout.decode(errors="replace")[-2000:]
-        raise LabError(f"bare guest: {why}; results: {text}; console: {console[-4000:]}")
+        raise LabError(f"bare guest: {why}; results: {text}; console: {_telling(console)}")
     lines = []
     for line in done.stdout.splitlines():
         try:
@@ -158,6 +175,15 @@ def run(
         except ValueError:
             console += f"\nnot JSON: {line!r}"
     return lines, console
+
+
+def _telling(console: str) -> str:
+    """The part of the console's text that tells most: from the kernel's first complaint on."""
+    found = _COMPLAINT.search(console)
+    if found is None:
+        return console[-_SHOWN:]
+    start = console.rfind("\n", 0, found.start()) + 1
+    return console[start : start + _SHOWN]
 
 
 def _kernel() -> Path:
@@ -201,6 +227,7 @@ def _files(
         pythonpath=search,
         python=python,
         program=program,
+        ended=_ENDED,
     ).encode()
     return files
 

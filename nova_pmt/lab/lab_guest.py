@@ -14,9 +14,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from nova_pmt.exception import LabError
 from nova_pmt.lab import transactions
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 CONTROL_PORT = 7000
 ECHO_PORT = 7
+
+T = TypeVar("T")
 
 
 class LabGuest:
@@ -184,11 +188,29 @@ class LabGuest:
             # A lookup that fails would be printed by libvirt's default error handler.
             for domain in connection.listAllDomains():
                 if domain.UUIDString() == self.uuid:
-                    persistent = domain.isPersistent()
-                    if domain.isActive():
-                        domain.destroy()
-                    if persistent:
-                        domain.undefine()
+                    with contextlib.suppress(_Gone):
+                        persistent = _unless_gone(domain.isPersistent)
+                        if _unless_gone(domain.isActive):
+                            with contextlib.suppress(_Gone):
+                                _unless_gone(domain.destroy)
+                        if persistent:
+                            _unless_gone(domain.undefine)
+
+
+class _Gone(Exception):
+    """A domain ended between two looks at it."""
+
+
+def _unless_gone(call: Callable[[], T]) -> T:
+    """:raises _Gone: its QEMU was killed, and libvirtd has just seen that as well."""
+    import libvirt
+
+    try:
+        return call()
+    except libvirt.libvirtError as e:
+        if e.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):
+            raise _Gone from e
+        raise
 
 
 def boot(host: LabHost, spec: GuestSpec) -> LabGuest:

@@ -91,7 +91,7 @@ def uri(pid: int) -> str:
     return f"qemu+unix:///system?socket=/proc/{pid}/root{SOCKET}"
 
 
-def wait_ready(process: LabProcess, pid: int, timeout: float = 30.0) -> None:
+def wait_ready(process: LabProcess, pid: int, timeout: float = 120.0) -> None:
     """Return once libvirtd answers.
 
     :raises LabError: it ended, or does not answer within ``timeout`` seconds.

@@ -19,11 +19,16 @@ guests' taps. In ctl: bridges ``br-mgmt``, ``br-repl``, ``br-data`` with ports `
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import socket
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from nova_pmt.exception import LabError
+from nova_pmt.lab import process, relay
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,50 @@ def disconnect(ctl: int, index: int) -> None:
     _batch(["ip"], ctl, [f"link del {net.name}{index}" for net in NETWORKS], force=True)
 
 
+def _try(pid: int, *commands: Sequence[str]) -> str:
+    """Run commands in the network namespace of ``pid``; what the first that fails says."""
+    for command in commands:
+        argv = ["nsenter", "-t", str(pid), "-n", *command]
+        done = subprocess.run(argv, text=True, capture_output=True, check=False)
+        if done.returncode:
+            return (done.stderr.strip() or f"{command[0]} failed").splitlines()[0]
+    return ""
+
+
+@functools.cache
+def missing(what: Literal["block", "lose"], ctl: int) -> str:
+    """Why this machine cannot do what the method of :class:`Link` does; empty: it can.
+
+    :param ctl: PID 1 of a ctl, in which it is tried.
+    """
+    tried = {
+        "block": (_rule("-A", "br-repl"), _rule("-D", "br-repl")),
+        "lose": (_loss("-A", "br-repl", 0.1), _loss("-D", "br-repl", 0.1)),
+    }
+    return _try(ctl, *tried[what])
+
+
+@functools.cache
+def _netem_is_missing(ctl: int) -> bool:
+    device = ["dev", "br-repl", "root"]
+    return bool(
+        _try(
+            ctl,
+            ["tc", "qdisc", "add", *device, "netem", "delay", "1ms"],
+            ["tc", "qdisc", "del", *device],
+        )
+    )
+
+
+def _rule(verb: str, port: str, chain: str = "FORWARD", way: str = "-i") -> list[str]:
+    return ["ebtables", verb, chain, way, port, "-j", "DROP"]
+
+
+def _loss(verb: str, device: str, part: float) -> list[str]:
+    match = ["-m", "statistic", "--mode", "random", "--probability", str(part)]
+    return ["iptables", "-w", verb, "INPUT", "-i", device, *match, "-j", "DROP"]
+
+
 class Link:
     """One host's cable to one network. Faults act on ctl's end: the host sees its carrier go."""
 
@@ -123,6 +172,7 @@ class Link:
         self._port = f"{network.name}{index}"
         self._ctl = ctl
         self._host = host
+        self._relay: relay.Relay | None = None
 
     def down(self) -> None:
         """Pull the cable: nothing passes, no connection is told."""
@@ -144,3 +194,91 @@ class Link:
         """Full speed again."""
         _batch(["tc"], self._ctl, [f"qdisc del dev {self._port} root"], force=True)
         _batch(["tc"], self._host, [f"qdisc del dev {self.network.name} root"], force=True)
+
+    def block(self, way: Literal["in", "out"]) -> None:
+        """Lose all that comes ``in`` to the host, or goes ``out`` of it; the other way is open.
+
+        :raises LabError: the kernel or ebtables cannot; see :func:`missing`.
+        """
+        self._demand(*(_rule("-A", self._port, *where) for where in _DIRECTIONS[way]))
+
+    def unblock(self) -> None:
+        """Both ways are open again."""
+        for where in (*_DIRECTIONS["in"], *_DIRECTIONS["out"]):
+            _try(self._ctl, _rule("-D", self._port, *where))
+
+    def lose(self, part: float) -> None:
+        """Lose so much of what comes in to the host: 0.1 is each tenth packet, at random.
+
+        :raises LabError: the kernel or iptables cannot; see :func:`missing`.
+        """
+        problem = _try(self._host, _loss("-A", self.network.name, part))
+        if problem:
+            raise LabError(problem)
+
+    def keep(self) -> None:
+        """Lose nothing of it any more."""
+        _try(self._host, ["iptables", "-w", "-F", "INPUT"])
+
+    def disturb(self, *, delay_s: float = 0.0, corrupt: float = 0.0) -> None:
+        """Have packets come late, or with a bit changed, in each direction.
+
+        With the kernel's netem; where it has none, with a :class:`~nova_pmt.lab.relay.Relay`.
+
+        :param corrupt: part of the packets, 0 to 1.
+        """
+        if _netem_is_missing(self._ctl):
+            self._put_relay(delay_s, corrupt)
+            return
+        how = f"root netem delay {delay_s * 1e3:g}ms corrupt {corrupt:.2%}"
+        _batch(["tc"], self._ctl, [f"qdisc replace dev {self._port} {how}"])
+        _batch(["tc"], self._host, [f"qdisc replace dev {self.network.name} {how}"])
+
+    def settle(self) -> None:
+        """Packets are as they were, and at once, again; also when the host has no power."""
+        if self._relay is None:
+            self.unlimit()
+            return
+        relay, self._relay = self._relay, None
+        relay.close()
+        self._take_relay()
+
+    def _put_relay(self, delay_s: float, corrupt: float) -> None:
+        inner, outer = f"{self._port}-in", f"{self._port}-out"
+
+        def look() -> tuple[int, socket.socket]:
+            return relay.mtu(self._port), relay.open_port(self._port)
+
+        try:
+            mtu, near = process.in_network(self._ctl, look)
+        except OSError as e:
+            raise LabError(f"{self._port} cannot be disturbed: {e}") from e
+        with contextlib.ExitStack() as undo:
+            undo.callback(near.close)
+            lines = [
+                f"link set {self._port} nomaster",
+                f"link add {inner} mtu {mtu} type veth peer name {outer} mtu {mtu}",
+                f"link set {outer} master br-{self.network.name} up",
+                f"link set {inner} up",
+            ]
+            undo.callback(self._take_relay)
+            _batch(["ip"], self._ctl, lines)
+            far = process.in_network(self._ctl, lambda: relay.open_port(inner))
+            self._relay = relay.Relay((near, far), delay_s=delay_s, corrupt=corrupt)
+            undo.pop_all()
+
+    def _take_relay(self) -> None:
+        back = [f"link del {self._port}-in", f"link set {self._port} master br-{self.network.name}"]
+        _batch(["ip"], self._ctl, back, force=True)
+
+    def _demand(self, *commands: Sequence[str]) -> None:
+        problem = _try(self._ctl, *commands)
+        if problem:
+            raise LabError(problem)
+
+
+#: Chains of ctl's bridges in which a host's packets pass, and which end of the host's cable.
+_DIRECTIONS = {
+    "in": (("FORWARD", "-o"), ("OUTPUT", "-o")),
+    "out": (("FORWARD", "-i"), ("INPUT", "-i")),
+}

@@ -138,6 +138,12 @@ class LabProcess:
             except ProcessLookupError:
                 pass
 
+    def go_on(self) -> None:
+        """SIGCONT, also to nsenter, which stops itself when its child is stopped."""
+        self.signal(signal.SIGCONT)
+        if self._nsenter.poll() is None:
+            self._nsenter.send_signal(signal.SIGCONT)
+
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end. Returns the exit status, or minus the signal's number.
 
@@ -171,9 +177,12 @@ class LabProcess:
     def _reap(self) -> int:
         # nsenter stops itself when its child is stopped; left so it would never reap the child,
         # and the kernel would wait for that zombie for ever when the host is powered off.
-        if self._nsenter.poll() is None:
+        # On a busy machine it may do so only after the first SIGCONT.
+        while self._nsenter.poll() is None:
             self._nsenter.send_signal(signal.SIGCONT)
-        status = self._nsenter.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._nsenter.wait(0.2)
+        status = self._nsenter.returncode
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -17,8 +17,10 @@ The password is made anew for each lab and lies only in files of mode 0600; no c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +50,9 @@ _CONFIGURATION = """\
   ]}}
 ].
 """
+
+
+_NAME_IN_USE = "dist_port_already_used"
 
 
 class Rabbit:
@@ -110,14 +115,22 @@ class Rabbit:
     def wait_ready(self, timeout: float = 90.0) -> None:
         """Return once it speaks AMQP: listeners open only after users and queues are there.
 
+        Its name server may not have noticed yet that the one before was killed, and then it ends:
+        it is started again.
+
         :raises LabError: it ended, or does not speak within ``timeout`` seconds.
         """
-        process = self._ctl.processes["rabbitmq"]
         deadline = time.monotonic() + timeout
-        while process.alive() and time.monotonic() < deadline:
-            if self._speaks():
-                return
-            time.sleep(0.05)
+        while True:
+            process = self._ctl.processes["rabbitmq"]
+            while process.alive() and time.monotonic() < deadline:
+                if self._speaks():
+                    return
+                time.sleep(0.05)
+            if time.monotonic() > deadline or _NAME_IN_USE not in process.tail(1 << 16):
+                break
+            time.sleep(0.5)
+            self.restart()
         raise LabError(
             f"RabbitMQ is not ready: {process.tail()}",
             cure=f"See {process.log} and {self._directory}/log.",
@@ -130,6 +143,41 @@ class Rabbit:
                 return connection.recv(1) == b"\x01"  # a method frame: connection.start
         except OSError:
             return False
+
+    def pids(self) -> list[int]:
+        """The broker itself, as seen from the root namespace: to be stopped, or killed."""
+        found = self._ctl.commands().items()
+        return [pid for pid, words in found if os.path.basename(words[0]) == "beam.smp"]
+
+    def _processes(self) -> list[int]:
+        """All of it in ctl, also what has not become the broker yet."""
+        found = self._ctl.commands().items()
+        return [
+            pid
+            for pid, words in found
+            if any("rabbitmq" in word or self._node in word for word in words)
+        ]
+
+    def alive(self) -> bool:
+        """Whether it runs, or is about to: its start is a script that takes a while."""
+        process = self._ctl.processes.get("rabbitmq")
+        return (process is not None and process.alive()) or bool(self.pids())
+
+    def restart(self) -> None:
+        """Start it again after it was killed, with what was durable; does not wait for it."""
+        process = self._ctl.processes.pop("rabbitmq", None)
+        if process is not None:
+            process.kill()
+        # Its script may be gone without it, or be just about to become it.
+        deadline = time.monotonic() + 30
+        while left := self._processes():
+            if time.monotonic() > deadline:
+                raise LabError(f"RabbitMQ does not end: processes {left} are left after SIGKILL")
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        self.start()
 
     def stop(self) -> None:
         """Let it close its queues and end; by force after 15 s."""

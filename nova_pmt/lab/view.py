@@ -26,7 +26,11 @@ from typing import Any
 from nova_pmt.lab import libvirtd, paths
 
 #: Private and on disk: what is in them outlives a power cut.
-OWN = (*libvirtd.DIRECTORIES, "/etc/nova_pmt", "/var/lib/nova_pmt", "/var/log/nova_pmt")
+OWN = (
+    *libvirtd.DIRECTORIES,
+    *("/etc/nova_pmt", "/var/lib/nova_pmt", "/var/log/nova_pmt"),
+    *("/etc/nova", "/var/lib/nova"),
+)
 #: One directory that all hosts of the lab share, as if it were on NFS.
 SHARED = "/srv/nova_pmt"
 #: Must exist in the root namespace, so that there is something to mount on.

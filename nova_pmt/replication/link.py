@@ -34,6 +34,7 @@ from typing import Protocol
 from nova_pmt import exception
 from nova_pmt.replication import tls
 from nova_pmt.replication.protocol import HEADER, LIMITS, Header, Type
+from nova_pmt.replication.silence import MOST, SilenceLimit
 
 #: One send: small enough that a pause finds the thread free soon.
 SEND_BYTES = 256 << 10
@@ -121,7 +122,13 @@ class Link:
     :param sock: connected; the link owns it from here on.
     :param peer: the peer's name, for errors.
     :param heartbeat_s: something is sent at least this often.
-    :param timeout_s: a peer that is silent for this long is lost.
+    :param timeout_s: a peer that is silent for this long is lost; for longer where silences are
+        usual (:mod:`nova_pmt.replication.silence`).
+    :param strict: when this side itself stood still for as long, the peer is lost as well: it may
+        have gone on meanwhile, and what it said before counts no more.
+
+    Until :meth:`in_earnest`, no standby could go on, so that nothing is lost by waiting: a peer may
+    be silent for as long as the limit can become, and whoever stood still himself does not mind.
     """
 
     def __init__(
@@ -132,6 +139,7 @@ class Link:
         peer: str,
         heartbeat_s: float,
         timeout_s: float,
+        strict: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         sock.setblocking(False)
@@ -142,9 +150,13 @@ class Link:
         self._current: Outgoing | None = None
         self._parts: deque[memoryview] = deque()
         self._held = False
-        self._heartbeat_s, self._timeout_s = heartbeat_s, timeout_s
+        self._heartbeat_s = heartbeat_s
         self._clock = clock
         self.last_received = self._last_sent = clock()
+        self._silence = SilenceLimit(timeout_s)
+        self._strict, self._stood_still = strict, False
+        self._earnest = False
+        self._turned = self._clock()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Not closed with the link: another thread may be about to write to it, and the number
         # could be another file's by then.
@@ -154,7 +166,8 @@ class Link:
         self.sent_bytes = 0
         self.received_bytes = 0
         self._closed = False
-        self._poking = threading.Lock()  # so that nobody writes to a descriptor that was closed
+        # So that nobody writes to a descriptor that was closed, or registers one.
+        self._poking = threading.Lock()
 
     # -- any thread ---------------------------------------------------------------------
 
@@ -175,6 +188,27 @@ class Link:
         self._held = False
         self._poke()
 
+    @property
+    def held(self) -> bool:
+        """A pause is on. Any thread."""
+        return self._held
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the peer is silent for longer than it may be where silences are not usual: by its
+        own measure it may have given this side up. Only with ``strict``. Any thread.
+        """
+        return (
+            self._strict
+            and self._earnest
+            and self._clock() - self.last_received > self._silence.timeout_s
+        )
+
+    def in_earnest(self) -> None:
+        """From now on a standby may go on, if this side or the peer is silent. Any thread."""
+        self._turned = self._clock()  # whoever says so is awake
+        self._earnest = True
+
     def _poke(self) -> None:
         with self._poking:
             if not self._closed:
@@ -183,11 +217,17 @@ class Link:
     # -- the I/O thread -----------------------------------------------------------------
 
     def register(self, selector: selectors.BaseSelector) -> None:
-        """Take part in an I/O loop; key data is a callable that takes the event mask."""
-        self._selector = selector
-        self._interest = selectors.EVENT_READ
-        selector.register(self._sock, self._interest, self._on_socket)
-        selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
+        """Take part in an I/O loop; key data is a callable that takes the event mask.
+
+        Also from another thread than that of the loop, which may have closed the link already.
+        """
+        with self._poking:
+            if self._closed:
+                return
+            self._interest = selectors.EVENT_READ
+            selector.register(self._sock, self._interest, self._on_socket)
+            selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
+            self._selector = selector
 
     def _on_wake(self, _mask: int) -> None:
         os.eventfd_read(self._wake)
@@ -199,7 +239,34 @@ class Link:
         if not self._closed:
             self._write()
 
+    @property
+    def stood_still(self) -> bool:
+        """Whether this process was stopped (SIGSTOP, a hypervisor that stood still) for so long
+        that the peer may take it for dead; only with ``strict``. Any thread: also one that wakes
+        up before the I/O thread does.
+        """
+        return (
+            self._strict
+            and self._earnest
+            and (self._stood_still or self._clock() - self._turned > self._silence.timeout_s)
+        )
+
+    def _turn(self, now: float) -> None:
+        """The I/O thread is awake.
+
+        :raises nova_pmt.exception.PeerLost: and was not for too long.
+        """
+        gap = now - self._turned
+        if self._strict and self._earnest and gap > self._silence.timeout_s:
+            self._stood_still = True  # before the others can see that we are awake
+        self._turned = now
+        if self._stood_still:
+            raise exception.PeerLost(
+                f"this side stood still for {gap * 1e3:.0f} ms: {self.peer} may have gone on"
+            )
+
     def _read(self) -> None:
+        self._turn(self._clock())
         left = TURN_BYTES
         try:
             # A fast peer must not keep us from heartbeats; what TLS has decrypted must be read.
@@ -208,6 +275,7 @@ class Link:
                 if not count:
                     raise exception.PeerLost(f"{self.peer} closed the connection")
                 self.last_received = self._clock()
+                self._silence.heard(self.last_received)
                 self.received_bytes += count
                 left -= count
                 self._reader.filled(count)
@@ -268,8 +336,9 @@ class Link:
         :raises nova_pmt.exception.PeerLost: the peer was silent for too long.
         """
         now = self._clock()
-        silent = now - self.last_received
-        if silent > self._timeout_s and not select.select([self._sock], [], [], 0)[0]:
+        self._turn(now)
+        silent, limit = now - self.last_received, self.silence_limit_s
+        if silent > limit and not select.select([self._sock], [], [], 0)[0]:
             # (What has come but was not read yet says that it is we who were slow.)
             raise exception.PeerLost(f"{self.peer} was silent for {silent * 1e3:.0f} ms")
         if now - self._last_sent >= self._heartbeat_s and not self._queue and not self._parts:
@@ -277,7 +346,7 @@ class Link:
             self.send(RawFrame(Header(Type.HEARTBEAT, 0).pack()))
         if self._held and now - self._last_sent >= self._heartbeat_s / 2:
             self._write(breath=True)  # a long pause must not look like a dead host
-        return max(0.001, min(self._heartbeat_s / 2, self._timeout_s - silent))
+        return max(0.001, min(self._heartbeat_s / 2, limit - silent))
 
     def flush(self, timeout_s: float = 1.0) -> None:
         """Send what is queued now, from the I/O thread; gives up after ``timeout_s``.
@@ -293,6 +362,11 @@ class Link:
             select.select([], [self._sock], [], left)
 
     @property
+    def silence_limit_s(self) -> float:
+        """A peer that is silent for this long, from now on, is lost."""
+        return self._silence.seconds if self._earnest else MOST * self._silence.timeout_s
+
+    @property
     def idle(self) -> bool:
         """Whether all that was queued has gone to the kernel."""
         return not self._queue and not self._parts and self._current is None
@@ -303,11 +377,11 @@ class Link:
             if self._closed:
                 return
             self._closed = True
-        if self._selector is not None:
-            self._selector.unregister(self._sock)
-            self._selector.unregister(self._wake)
-            self._selector = None
-        self._sock.close()
+            if self._selector is not None:
+                self._selector.unregister(self._sock)
+                self._selector.unregister(self._wake)
+                self._selector = None
+            self._sock.close()
 
 
 def read_frame(sock: socket.socket) -> tuple[Header, bytes]:

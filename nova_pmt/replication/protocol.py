@@ -33,7 +33,7 @@ PRELUDE      P     head of the activation stream (ROMs)
 PAGES        P     value x int64 page numbers, little endian, then value x 4096 bytes; epoch
 DELTA        P     changes of pages against the last commit (see delta.py); epoch; pages
 COMMIT       P     xxh3_128 of the checkpoint (16 bytes), device state; epoch; pages sent in all
-COMMITTED    S     none; epoch
+COMMITTED    S     none; epoch; first half of the checksum, as the standby found it
 HEARTBEAT    both  none
 BYE          both  JSON: reason. From P: protection ends, the primary goes on; S answers in kind
 GUEST_DIED   P     JSON: reason. The primary's QEMU has ended: the standby may go on
@@ -62,7 +62,7 @@ import xxhash
 from nova_pmt import exception
 from nova_pmt.checkpoint.interfaces import PAGE_SIZE
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"PM"
 HEADER = struct.Struct("!2sBBIQQ")
 DIGEST_BYTES = 16
@@ -233,6 +233,15 @@ def hello(pair: dict[str, Any], layout: list[dict[str, Any]], disks: list[dict[s
             "disks": disks,
         },
     )
+
+
+def receipt_of(digest: bytes) -> int:
+    """What a COMMITTED frame has of a checkpoint's checksum.
+
+    A standby that answers without having looked, or by mistake for another checkpoint, is found
+    out: see :meth:`nova_pmt.replication.sender.Sender.received`.
+    """
+    return int.from_bytes(digest[:8], "big")
 
 
 def check_hello(

@@ -41,6 +41,7 @@ from nova_pmt.replication.protocol import (
     Header,
     Type,
     disk_of,
+    receipt_of,
 )
 
 assert MAX_PAGES <= SLAB_PAGES  # a PAGES frame fits into one slab
@@ -98,7 +99,7 @@ class Receiver:
         image: Image,
         disks: Disks,
         staging: SlabCache,
-        acknowledge: Callable[[int], None],
+        acknowledge: Callable[[int, int], None],
         check_state: Callable[[bytes], None],
     ) -> None:
         self._image = image
@@ -266,7 +267,7 @@ class Receiver:
         self.device_state = state
         lost: exception.PeerError | None = None
         try:
-            self._acknowledge(header.epoch)
+            self._acknowledge(header.epoch, receipt_of(digest))
         except exception.PeerError as error:
             # The primary may have died just now, and then this is what its standby goes on from:
             # committed is committed, and the image must have it.

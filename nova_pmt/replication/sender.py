@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nova_pmt import exception
 from nova_pmt.checkpoint.interfaces import PageNumbers, Pages
 from nova_pmt.replication import delta
 from nova_pmt.replication.delta import Base
@@ -32,6 +33,7 @@ from nova_pmt.replication.protocol import (
     Header,
     Type,
     disk_value,
+    receipt_of,
 )
 
 #: Pages of an epoch, or of the rest of one, for which deltas are worth looking for.
@@ -114,12 +116,16 @@ class _DiskFrame:
 
 
 class _CommitFrame:
-    def __init__(self, epoch: int, before: bytes, state: bytes, digest: Digest) -> None:
+    def __init__(
+        self, epoch: int, before: bytes, state: bytes, digest: Digest, sums: dict[int, int]
+    ) -> None:
         self._epoch, self._before, self._state, self._digest = epoch, before, state, digest
+        self._sums = sums
 
     def begin(self) -> Buffers:
         pages = self._digest.pages
         digest = self._digest.finish(self._state)
+        self._sums[self._epoch] = receipt_of(digest)
         changes = delta.encode_state(self._before, self._state)
         state = self._state if changes is None else changes
         flags = 0 if changes is None else STATE_IS_DELTA
@@ -141,6 +147,8 @@ class Sender:
         self._digest = Digest()
         self._base = Base(page_count)
         self._state = b""
+        #: Receipts that are due; the I/O thread's.
+        self._sums: dict[int, int] = {}
         self.hold = link.hold
         self.go_on = link.go_on
 
@@ -168,5 +176,21 @@ class Sender:
 
     def send_commit(self, epoch: int, device_state: bytes) -> None:
         """See the interface."""
-        self._link.send(_CommitFrame(epoch, self._state, device_state, self._digest))
+        self._link.send(_CommitFrame(epoch, self._state, device_state, self._digest, self._sums))
         self._state = device_state
+
+    def received(self, epoch: int, receipt: int) -> None:
+        """A standby says that it has checkpoint ``epoch`` whole. I/O thread.
+
+        :param receipt: what it found, of the checksum.
+        :raises nova_pmt.exception.PeerError: it has something else, or cannot have it yet.
+        """
+        due = self._sums.pop(epoch, None)
+        if due is None:
+            raise exception.PeerError(
+                f"standby committed checkpoint {epoch}, which it was not sent, or twice"
+            )
+        if receipt != due:
+            raise exception.PeerError(
+                f"standby committed checkpoint {epoch} with another checksum than it was sent"
+            )

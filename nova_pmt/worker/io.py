@@ -23,6 +23,9 @@ from typing import Any
 
 from nova_pmt.agent import control
 
+#: Events that are sent again and again.
+_FIGURES = frozenset({"stats", "progress"})
+
 
 class AgentChannel:
     """The worker's end of the socket to its agent.
@@ -70,7 +73,13 @@ class AgentChannel:
                 self._on_command(message)
 
     def tell(self, event: str, **members: Any) -> None:
-        """Send an event. An agent that has gone hears nothing; that is no error."""
+        """Send an event. An agent that has gone hears nothing; that is no error.
+
+        One that stands still must not hold us up: it gets no more figures when it has not read
+        what it got. (A socket that can be written to has most of its buffer free.)
+        """
+        if event in _FIGURES and not select.select([], [self._sock], [], 0)[1]:
+            return
         try:
             self._sock.sendall(control.to_line({"event": event, **members}))
         except OSError:

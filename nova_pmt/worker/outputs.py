@@ -20,13 +20,12 @@ unprotected.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from oslo_log import log
 
-from nova_pmt import exception
+from nova_pmt import exception, unsafe
 from nova_pmt.checkpoint.interfaces import OutputBuffer
 from nova_pmt.guest.disk import bitmap, discover
 from nova_pmt.guest.disk.changes import forget_changes, keep_changes
@@ -43,9 +42,6 @@ from nova_pmt.worker.trace import Trace
 LOG = log.getLogger(__name__)
 
 MIB = 1 << 20
-#: For tests that must see what happens without: never for anybody else.
-UNSAFE = "NOVA_PMT_UNSAFE"
-UNBUFFERED = "no-egress-buffer"
 
 
 class Outputs:
@@ -149,8 +145,7 @@ class Outputs:
     def arm(self) -> Sequence[OutputBuffer]:
         """Hold what the NICs send from now on."""
         self.armed = True
-        if os.environ.get(UNSAFE) == UNBUFFERED:
-            LOG.warning("%s=%s: packets are NOT held", UNSAFE, UNBUFFERED)
+        if unsafe.asked(unsafe.UNBUFFERED):
             self.armed = False
             return ()
         limit = self._conf.network.buffer_limit_mib * MIB
@@ -158,9 +153,12 @@ class Outputs:
             buffer = kind(nic, self._monitor, self._directory, limit)
             buffer.attach()
             self._buffers.append(buffer)
+        held: list[OutputBuffer] = list(self._buffers)
         if self._trace is not None:
-            return [self._trace.wrap(buffer) for buffer in self._buffers]
-        return list(self._buffers)
+            held = [self._trace.wrap(buffer) for buffer in held]
+        if unsafe.asked(unsafe.AT_ONCE):
+            held = [unsafe.ReleasedAtOnce(buffer) for buffer in held]
+        return held
 
     # -- taking off ---------------------------------------------------------------------
 
@@ -169,8 +167,10 @@ class Outputs:
 
         :param resume: lets the guest run on, if it ran.
         :param keep: keep in mind what the standby's images lack from here on.
+        :raises nova_pmt.exception.GuestError: something is still on; the guest runs.
         """
         status = self._monitor.execute("query-status")["status"]
+        stuck: list[str] = []
         try:
             if status == "running":
                 self._monitor.execute("stop")
@@ -184,28 +184,35 @@ class Outputs:
             if not keep:
                 self.forget_images()
             for disk_log in self._installed:
-                self._quietly("write log", disk_log.uninstall)
+                if not self._quietly("write log", disk_log.uninstall):
+                    stuck.append(f"the write log of disk {disk_log.disk.spec.name}")
             for buffer in self._buffers:
-                self._open_buffer(buffer)
+                if not self._open_buffer(buffer):
+                    stuck.append(f"the buffer of {buffer.nic.alias}")
             self._installed, self._buffers, self.armed = [], [], False
         finally:
             # A request that failed in the log stopped the guest; it is repeated without one.
             if status in ("running", "io-error"):
                 resume()
+        if stuck:
+            raise exception.GuestError(f"not taken off: {', '.join(stuck)}")
 
-    def _open_buffer(self, buffer: EgressBuffer) -> None:
+    def _open_buffer(self, buffer: EgressBuffer) -> bool:
         try:
             buffer.detach()
         except (exception.PmtError, OSError) as error:
             LOG.error("held packets are lost: %s", error)
             # The guest comes first: it must not stay cut off.
-            self._quietly("buffer", lambda: type(buffer).recover(buffer.nic, self._monitor))
+            return self._quietly("buffer", lambda: type(buffer).recover(buffer.nic, self._monitor))
+        return True
 
-    def _quietly(self, what: str, action: Callable[[], object]) -> None:
+    def _quietly(self, what: str, action: Callable[[], object]) -> bool:
         try:
             action()
         except (exception.PmtError, OSError) as error:
             LOG.warning("%s: %s", what, error)
+            return False
+        return True
 
     def close(self) -> None:
         """Let go of all that this process has open; nothing leaks."""

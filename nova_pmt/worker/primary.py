@@ -36,7 +36,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -46,6 +46,7 @@ from nova_pmt import exception, faultpoint
 from nova_pmt.agent.control import Lines, PrimarySpec
 from nova_pmt.arbiter.load import load as load_arbiter
 from nova_pmt.checkpoint.cache import SLAB_BYTES, SlabCache
+from nova_pmt.checkpoint.interfaces import OutputBuffer
 from nova_pmt.checkpoint.loop import Loop
 from nova_pmt.checkpoint.round import Checkpointer
 from nova_pmt.checkpoint.strategies.base import Strategy, StrategyOptions
@@ -114,6 +115,7 @@ class Primary(Side):
         self._ended = threading.Event()
         self._pending: list[Callable[[], None]] = []
         self._link_failure: exception.PeerError | None = None
+        self._sender: Sender | None = None
         self._may_activate = False
         self._outputs: Outputs | None = None
         self._images: object = None
@@ -131,6 +133,9 @@ class Primary(Side):
         """A frame from the standby."""
         if header.type is Type.COMMITTED:
             epoch = header.epoch
+            if self._sender is None:
+                raise exception.PeerError("standby committed a checkpoint before there was one")
+            self._sender.received(epoch, header.value)
             self._post(lambda: self._on_committed(epoch))
         elif header.type in (Type.BYE, Type.ACTIVATED, Type.ERROR):
             data = protocol.unpack_json(payload[0]) if payload else {}
@@ -150,6 +155,14 @@ class Primary(Side):
     def _on_committed(self, epoch: int) -> None:
         self._last_commit = time.monotonic()
         assert self._checkpointer is not None
+        if self._link_failure is not None:
+            # It came before the link broke, and is heard after it: who knows what the standby does
+            # by now. If we win, all is let out anyway.
+            raise self._link_failure
+        if self._link is not None and (self._link.stood_still or self._link.overdue):
+            # It was said before we stood still: what is released now could come after what the
+            # standby has sent, should it have gone on.
+            raise exception.PeerLost("commits are heard late; the standby may have gone on")
         self._checkpointer.commit(epoch)
 
     # -- the I/O thread -----------------------------------------------------------------
@@ -197,7 +210,8 @@ class Primary(Side):
                 if self._link is not None and self._link_failure is None:
                     wait = max(0.001, self._link.tick())
                 io.dispatch(self._selector, min(wait, 0.1))
-                if time.monotonic() >= next_stats:
+                paused = self._link is not None and self._link.held
+                if time.monotonic() >= next_stats and not paused:
                     next_stats = time.monotonic() + STATS_EVERY_S
                     self._tell_stats()
             except exception.PeerError as error:
@@ -211,11 +225,13 @@ class Primary(Side):
             return
         self._link_failure = error
         LOG.info("%s: the link has ended: %s", self._pair.uuid, error.message)
-        if self._link is not None:
-            self._link.close()
-        with self._answered:
-            self._answered.notify_all()
-        self._post_failure(error)
+        try:
+            if self._link is not None:
+                self._link.close()
+        finally:  # the main thread must hear of it, whatever fails here: it may wait for just that
+            with self._answered:
+                self._answered.notify_all()
+            self._post_failure(error)
 
     def _tell_stats(self) -> None:
         checkpointer, loop, link = self._checkpointer, self._loop, self._link
@@ -243,6 +259,7 @@ class Primary(Side):
                 "peak_mib": cache.peak_slabs * mib,
                 "limit_mib": cache.limit_slabs * mib,
             },
+            peer_timeout_ms=round(link.silence_limit_s * 1e3),
             last_commit_age_ms=round((now - self._last_commit) * 1e3, 1),
             guest_running=loop.guest_running,
             **outputs.summary(),
@@ -324,11 +341,14 @@ class Primary(Side):
                 peer=self._pair.standby_host,
                 heartbeat_s=conf.replication.heartbeat_ms / 1e3,
                 timeout_s=conf.replication.peer_timeout_ms / 1e3,
+                strict=True,
             )
         except BaseException:
             sock.close()
             raise
         stack.callback(self._link.close)
+        # Heartbeats from now on: what follows takes long for a large guest, or on a busy host.
+        self._link.register(self._selector)
         self._state("syncing", f"first synchronisation to {self._pair.standby_host}")
         tracker_class = load_class(
             "nova_pmt.memory_trackers", conf.checkpoint.memory_tracker, MemoryTracker
@@ -354,10 +374,11 @@ class Primary(Side):
                 passes=int(spec.options.get("passes", conf.checkpoint.passes)),
             )
         )
+        self._sender = Sender(self._link, memory.page_count)
         self._checkpointer = Checkpointer(
             memory,
             self._execution,
-            Sender(self._link, memory.page_count),
+            self._sender,
             cache,
             logs=dict(outputs.logs),
             on_round=strategy.observe,
@@ -369,13 +390,19 @@ class Primary(Side):
         )
         head = vmstate.activation_head(taken)
         self._link.send(RawFrame(Header(Type.PRELUDE, len(head)).pack() + head))
-        self._link.register(self._selector)
         io.watch_process(self._selector, self._pid, self._on_qemu_end)
         if isinstance(monitor, DirectMonitor):
             # The socket closes tens of ms before the process is gone.
             stack.callback(io.watch_hangup(self._selector, monitor.fileno(), self._on_qemu_end))
         self._link.go_on()  # wakes the I/O thread
         self._rounds()
+
+    def _arm(self) -> Sequence[OutputBuffer]:
+        """Just before checkpoint 1: when it is committed the standby may go on."""
+        assert self._link is not None
+        assert self._outputs is not None
+        self._link.in_earnest()
+        return self._outputs.arm()
 
     def _progress(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -427,7 +454,7 @@ class Primary(Side):
         assert self._outputs is not None
         try:
             self._copy_disks()
-            self._loop.synchronise(self._progress, self._outputs.arm)
+            self._loop.synchronise(self._progress, self._arm)
             self._state("protected", "first checkpoint committed", epoch=1)
             while not self._switchover_ordered():
                 LOG.warning("%s: paused by its operator: no switchover", self._pair.uuid)
@@ -497,17 +524,23 @@ class Primary(Side):
         except (exception.PmtError, OSError) as error:
             LOG.warning("%s: userfaultfd stays in QEMU until it ends: %s", self._pair.uuid, error)
 
-    def _let_go(self, *, keep: bool = True) -> None:
-        """The guest may run on alone: let out what is held, and let go of its disks.
+    def _let_go(self, state: str, reason: str, *, keep: bool = True, paused: bool = False) -> None:
+        """The guest may run on alone: let out what is held, let go of its disks, and say so.
 
         :param keep: note what it writes from here on, for the next synchronisation.
+        :param paused: the guest was paused by us, and runs on now.
         """
         assert self._outputs is not None
         try:
             self._outputs.open(self._execution.resume, keep=keep)
+            if paused:
+                self._execution.resume()
         except exception.GuestError as error:
             LOG.error("%s: its output is not let go: %s", self._pair.uuid, error)
             self.agent.tell("error", error=error.to_dict())
+            # Not a good end: the agent has to free the guest, and tries until it can.
+            state, reason = "error", f"{reason}; its output is not let go: {error.message}"
+        self._state(state, reason)
 
     def _leave(self, reason: str, state: str, *, keep: bool = True) -> None:
         """End protection; the guest runs on. The standby must know, or have lost."""
@@ -515,8 +548,7 @@ class Primary(Side):
         self._disarm()
         self._link.send(RawFrame(protocol.pack_json(Type.BYE, {"reason": reason, "keep": keep})))
         if self._wait_answer((Type.BYE,), BYE_TIMEOUT_S) is Type.BYE:
-            self._let_go(keep=keep)
-            self._state(state, reason)
+            self._let_go(state, reason, keep=keep)
             return
         self._claim_or_yield(reason, state, keep=keep)
 
@@ -538,9 +570,17 @@ class Primary(Side):
                 self._state("error", f"{reason}; and the guest's QEMU died")
                 return
             try:
-                won = self._arbiter.claim(self._pair.uuid, self._pair.generation, "primary")
+                won = self._arbiter.claim(
+                    self._pair.uuid, self._pair.generation, "primary", reason=reason
+                )
                 break
             except exception.ArbiterUnavailable as error:
+                if self._conf.arbiter.on_isolation == "release":
+                    LOG.critical(
+                        "%s: goes on, as [arbiter] on_isolation says: %s", self._pair.uuid, error
+                    )
+                    won = True
+                    break
                 if self._forced():
                     LOG.warning("%s: let go without the arbiter, on request", self._pair.uuid)
                     won = True
@@ -553,15 +593,13 @@ class Primary(Side):
                     with contextlib.suppress(exception.GuestError):
                         paused = self._execution.running()
                         self._monitor.execute("stop")
+                self._tell_stats()  # so that the agent knows that we live
                 time.sleep(ARBITER_RETRY_S)
         if not won:
             self._yield(reason)
             return
-        self._let_go(keep=keep)
-        if paused:
-            self._execution.resume()
         self._disarm()
-        self._state(state, reason)
+        self._let_go(state, reason, keep=keep, paused=paused)
 
     def _forced(self) -> bool:
         """Whether the operator wants the guest to run whatever the arbiter says."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import selectors
 import socket
+import threading
 import time
 from dataclasses import asdict
 from typing import Any
@@ -75,12 +76,13 @@ class _Cancelled(Exception):
 class _GoOn(Exception):
     """This side may have to go on.
 
-    :param certain: the primary's QEMU is known to have ended, or ordered us to go on.
+    :param certain: nobody waits for a primary that lives to claim first.
+    :param stopped: the primary said itself that its guest is gone, or stands still.
     """
 
-    def __init__(self, reason: str, certain: bool) -> None:
+    def __init__(self, reason: str, *, certain: bool, stopped: bool) -> None:
         super().__init__(reason)
-        self.certain = certain
+        self.certain, self.stopped = certain, stopped
 
 
 class Standby(Side):
@@ -138,13 +140,13 @@ class Standby(Side):
             self._begin_copy(protocol.unpack_json(payload[0]).get("full") is not False)
         elif kind is Type.GUEST_DIED:
             reason = str(protocol.unpack_json(payload[0]).get("reason", ""))
-            raise _GoOn(reason, certain=True)
+            raise _GoOn(reason, certain=True, stopped=True)
         elif kind is Type.SWITCHOVER:
             if header.epoch != self._receiver.committed:
                 raise exception.ProtocolMismatch(
                     f"switchover at checkpoint {header.epoch}, have {self._receiver.committed}"
                 )
-            raise _GoOn("planned switchover", certain=True)
+            raise _GoOn("planned switchover", certain=True, stopped=True)
         elif kind is not Type.HEARTBEAT:
             raise exception.ProtocolMismatch(f"primary sent a {kind.name} frame")
 
@@ -157,9 +159,10 @@ class Standby(Side):
             self._disks.reuse()
         self._disks.open()
 
-    def _acknowledge(self, epoch: int) -> None:
+    def _acknowledge(self, epoch: int, receipt: int) -> None:
         assert self._link is not None
-        self._link.send(RawFrame(Header(Type.COMMITTED, 0, epoch).pack()))
+        self._link.in_earnest()
+        self._link.send(RawFrame(Header(Type.COMMITTED, 0, epoch, receipt).pack()))
         self._link.flush()
 
     # -- the agent ----------------------------------------------------------------------
@@ -169,7 +172,7 @@ class Standby(Side):
         if command == "unprotect":
             raise _Cancelled("on request", keep=False)
         if command == "takeover":
-            raise _GoOn("ordered by the operator", certain=True)
+            raise _GoOn("ordered by the operator", certain=True, stopped=False)
         LOG.warning("%s: agent sent unknown command %r", self._pair.uuid, command)
 
     def _on_agent_gone(self) -> None:
@@ -202,10 +205,10 @@ class Standby(Side):
             except _Cancelled as reason:
                 self._cancel(str(reason), "cancelled", keep=reason.keep)
             except _GoOn as order:
-                self._go_on(str(order), order.certain)
+                self._go_on(order)
             except exception.PeerError as error:
                 if self._receiver is not None and self._receiver.committed and _silent(error):
-                    self._go_on(error.message, certain=False)
+                    self._go_on(_GoOn(error.message, certain=False, stopped=False))
                 else:
                     self._refuse(error)
             except Exception as error:
@@ -309,6 +312,8 @@ class Standby(Side):
             address=conf.replication.listen_address,
             port=listener.getsockname()[1],
         )
+        # Here and not when the primary is lost: a first question to it may take a connection.
+        threading.Thread(target=self._arbiter.warm, name="warm-arbiter", daemon=True).start()
         sock = self._accept(listener)
         listener.close()
         self._link = Link(
@@ -427,8 +432,9 @@ class Standby(Side):
 
     # -- going on -----------------------------------------------------------------------
 
-    def _go_on(self, reason: str, certain: bool) -> None:
+    def _go_on(self, order: _GoOn) -> None:
         """Claim, load the last committed state, run."""
+        reason = str(order)
         assert self._receiver is not None
         assert self._link is not None
         detected = time.monotonic()
@@ -457,10 +463,10 @@ class Standby(Side):
         except (exception.GuestError, exception.PeerError) as error:
             self._refuse(error)
             return
-        if not certain:
+        if not order.certain:
             left = self._conf.replication.claim_delay_ms / 1e3 - (time.monotonic() - detected)
             time.sleep(max(0.0, left))
-        if not self._claim():
+        if not self._claim(order):
             self._cancel(f"{reason}; but the primary goes on", "cancelled")
             return
         claimed = time.monotonic()
@@ -508,12 +514,18 @@ class Standby(Side):
             LOG.warning("%s: %s; asking QEMU itself", self._pair.uuid, error)
             self._monitor.execute("cont")
 
-    def _claim(self) -> bool:
+    def _claim(self, order: _GoOn) -> bool:
         """Ask the arbiter until it answers: a side that cannot ask does not go on."""
         told = False
         while True:
             try:
-                return self._arbiter.claim(self._pair.uuid, self._pair.generation, "standby")
+                return self._arbiter.claim(
+                    self._pair.uuid,
+                    self._pair.generation,
+                    "standby",
+                    reason=str(order),
+                    other_stopped=order.stopped,
+                )
             except exception.ArbiterUnavailable as error:
                 if not told:
                     told = True

@@ -27,13 +27,16 @@ from nova_pmt.lab import GuestSpec, Lab, LabGuest, LabHost, Workload, deployment
 #: About 1,000 to 1,500 different pages in 50 ms.
 BUSY = Workload(dirty_pages=600, dirty_ms=20)
 
+#: Of all pairs: a busy machine may hold a process up for seconds, and nobody has died then.
+PEER_TIMEOUT_MS = 5000
+
 _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     with Lab(computes=2) as running:
-        deployment.configure(running, peer_timeout_ms=2000)
+        deployment.configure(running, peer_timeout_ms=PEER_TIMEOUT_MS)
         yield running
 
 

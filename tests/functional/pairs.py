@@ -26,20 +26,14 @@ from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import libvirt
-
 from nova_pmt.agent import control
 from nova_pmt.arbiter.file import FileArbiter
-from nova_pmt.guest import domain as guest_domain
-from nova_pmt.guest import layout
-from nova_pmt.guest.disk import discover
-from nova_pmt.guest.monitor import LibvirtMonitor
+from nova_pmt.bench.protection import describe
 from nova_pmt.lab import LabGuest, LabHost, deployment, process
-from nova_pmt.standby import domainxml
 
 Event = dict[str, Any]
 _generations = itertools.count(int(time.time()))
-SYNC_S, END_S = 60.0, 30.0
+SYNC_S, END_S = 60.0, 60.0
 
 
 class Worker:
@@ -147,10 +141,10 @@ class Worker:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
         try:
-            self._process.wait(5)
+            self._process.wait(30)
         except subprocess.TimeoutExpired:
             self.kill()
-            self._process.wait(5)
+            self._process.wait(30)
 
 
 class WorkerPair:
@@ -167,25 +161,6 @@ class WorkerPair:
     def rounds(self, count: int, timeout_s: float = SYNC_S) -> Event:
         """Wait until so many rounds are committed; returns the statistics then."""
         return self.primary.wait_stats(lambda stats: stats["rounds"] >= count, timeout_s)
-
-
-def describe(guest: LabGuest) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Migratable XML, memory layout and disks, through libvirt."""
-    connection = guest_domain.connect(guest.host.libvirt_uri)
-    try:
-        domain = guest_domain.Domain.find(connection, guest.uuid)
-        with LibvirtMonitor(domain.handle, connection) as monitor:
-            blocks = layout.discover(monitor)
-            disks = discover.disks(domain.xml(), monitor)
-        flags = libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_SECURE
-        xml = domainxml.with_mark(domain.xml(flags), domainxml.Mark(0, "", domain.persistent))
-        return (
-            xml,
-            [block.to_dict() for block in blocks.blocks],
-            [disk.spec.to_dict() for disk in disks],
-        )
-    finally:
-        connection.close()
 
 
 @contextlib.contextmanager

@@ -29,15 +29,18 @@ def test_after_a_burst_the_cache_is_back_under_a_quarter_within_30_rounds(
     guest = boot(one, memory_mib=512, workload=quiet)
     with protect(guest, two, options={"interval_ms": 100}) as pair:
         pair.protected().rounds(10)
-        guest.control("burst 40000")
-        stats = pair.primary.wait_stats(lambda stats: stats["pages"]["max"] >= 20_000)
+        for _ in range(8):  # a busy machine spreads a burst over several rounds
+            guest.control("burst 40000")
+            stats = pair.rounds(pair.primary.stats["rounds"] + 10)
+            if stats["pages"]["max"] >= 20_000:
+                break
+        assert stats["pages"]["max"] >= 20_000
         peak = max(stats["cache"]["peak_mib"], 1)
         assert peak >= 60
         # 30 rounds after the last large one; statistics come every 0.5 s, that is every 5 rounds
         pair.rounds(stats["rounds"] + 40)
-        small = pair.primary.wait_stats(
-            lambda now: now["cache"]["backed_mib"] < peak / 4, timeout_s=5
-        )
+        small = pair.primary.wait_stats(lambda now: now["cache"]["backed_mib"] < peak / 4)
+        assert small["rounds"] < stats["rounds"] + 100
         assert small["cache"]["peak_mib"] >= peak
 
 

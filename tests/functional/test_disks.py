@@ -197,8 +197,9 @@ def leftovers(host: LabHost, guest: LabGuest) -> list[str]:
     found = [*processes(host, "qemu-storage-daemon").values()]
     for directory in ("/run/nova_pmt/guests", "/run/nova_pmt/images", RECORDS):
         for path in host.path(directory).glob(f"{guest.uuid}*"):
-            inside = [entry.name for entry in path.iterdir()] if path.is_dir() else [""]
-            found += [f"{directory}/{path.name}/{name}" for name in inside]
+            with contextlib.suppress(FileNotFoundError):  # a standby that cleans up
+                inside = [entry.name for entry in path.iterdir()] if path.is_dir() else [""]
+                found += [f"{directory}/{path.name}/{name}" for name in inside]
     return found
 
 

@@ -33,14 +33,25 @@ from tests.functional.wire import Proxy
 
 INSECURE = "/etc/nova_pmt/insecure.conf"
 STRANGER = "/etc/nova_pmt/stranger.conf"
+RELEASE = "/etc/nova_pmt/release.conf"
 DISK = Disk(f"{IMAGES}/faults.qcow2", size_mib=56)
 
 
 def is_running(guest: LabGuest) -> bool:
     """Whether the guest counts."""
-    before = guest.counter()
-    time.sleep(0.2)
-    return guest.counter() > before
+    before, deadline = guest.counter(), time.monotonic() + 10
+    while guest.counter() <= before:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def wait_paused(host: LabHost, guest: LabGuest) -> None:
+    deadline = time.monotonic() + 10
+    while host.run(["virsh", "domstate", guest.name]).stdout.strip() != "paused":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def survivor_of(guest: LabGuest, pair: WorkerPair, one: LabHost, two: LabHost) -> LabGuest:
@@ -120,7 +131,7 @@ def test_primary_worker_killed_in_a_planned_switchover(
         pair.protected().rounds(3)
         pair.primary.command("switchover")
         pair.primary.wait(lambda event: event["event"] == "gone")
-        assert one.run(["virsh", "domstate", guest.name]).stdout.strip() == "paused"
+        wait_paused(one, guest)
         pair.standby.state("standby_active")
         one.run(["virsh", "destroy", guest.name])  # what its agent does, having lost the pair
     survivor = guest.on(two)
@@ -213,6 +224,36 @@ def test_without_peer_and_arbiter_nobody_goes_on(
             away.rename(arbiter)
             one.link("repl").up()
         assert is_running(survivor_of(guest, pair, one, two))
+
+
+def test_an_operator_may_choose_that_the_primary_goes_on(
+    lab: Lab, one: LabHost, two: LabHost, boot: Boot
+) -> None:
+    """``on_isolation = release``, for who fences otherwise. The standby asks on all the same."""
+    for host in lab.computes:
+        text = host.path(deployment.CONFIG).read_text()
+        text = text.replace("[arbiter]\n", "[arbiter]\non_isolation = release\n")
+        host.path(RELEASE).write_text(text)
+    guest = boot(one)
+    arbiter = lab.ctl.path(deployment.ARBITER)
+    away = arbiter.with_name("away")
+    with protect(guest, two, config=RELEASE) as pair:
+        pair.protected().rounds(5)
+        arbiter.rename(away)
+        one.link("repl").down()
+        try:
+            pair.primary.state("primary_alone")
+            assert guest.verify().startswith("ok"), "it answers: its output is let go"
+            pair.standby.wait(
+                lambda event: event.get("error", {}).get("code") == "ARBITER_UNAVAILABLE"
+            )
+            state = two.run(["virsh", "domstate", guest.name]).stdout.strip()
+            assert state == "paused"
+            guest.on(two).destroy()  # as who fences otherwise sees to
+        finally:
+            away.rename(arbiter)
+            one.link("repl").up()
+        assert is_running(guest)
 
 
 def _variant(lab: Lab, path: str, tls: str) -> None:
@@ -310,3 +351,28 @@ def test_another_protocol_version_is_refused(one: LabHost, two: LabHost, boot: B
         assert error["code"] == "PROTOCOL_MISMATCH"
         assert str(protocol.VERSION) in error["message"]
     assert is_running(guest)
+
+
+def test_a_standby_that_lies_about_its_checksums_is_found_out(
+    one: LabHost, two: LabHost, boot: Boot
+) -> None:
+    """It says that it has what it has not looked at: nothing is let out for that."""
+    guest = boot(one)
+    number = guest.boot_id()
+    directory = os.path.join(os.path.dirname(__file__), "liar")
+    with protect(guest, two, standby_env={"PYTHONPATH": directory}) as pair:
+        assert "another checksum" in pair.primary.error(60)["message"]
+        survivor = survivor_of(guest, pair, one, two)
+        assert survivor.boot_id() == number
+        assert survivor.verify().startswith("ok")
+
+
+def test_a_primary_that_takes_long_to_begin_is_not_taken_for_dead(
+    one: LabHost, two: LabHost, boot: Boot
+) -> None:
+    """Longer than peer_timeout_ms, between its handshake and its first frame."""
+    guest = boot(one)
+    directory = os.path.join(os.path.dirname(__file__), "slow_start")
+    with protect(guest, two, primary_env={"PYTHONPATH": directory}) as pair:
+        pair.protected().rounds(3)
+        assert is_running(guest)

@@ -25,9 +25,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nova_pmt.exception import LabError
+from nova_pmt.guest.monitor import DirectMonitor, encode
 from nova_pmt.lab import (
     SHARED,
     Disk,
@@ -126,7 +128,10 @@ def test_run_reports_what_went_wrong(lab):
 def test_run_that_is_too_slow_is_killed_with_its_children(lab):
     with pytest.raises(LabError, match="within"):
         lab.ctl.run(["sh", "-c", "sleep 4711; true"], timeout=0.3)
-    assert "4711" not in lab.ctl.run(["ps", "-eo", "args"]).stdout
+    deadline = time.monotonic() + 10
+    while "4711" in lab.ctl.run(["ps", "-eo", "args"]).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_spawned_process_stops_is_killed_and_tells_its_status(lab):
@@ -195,10 +200,70 @@ def test_limit_holds_in_both_directions_and_goes_away(lab):
     link.limit(20)
     try:
         for backwards in (False, True):
-            assert 0.8 < seconds_to_send(lab, size, backwards) < 3.0
+            assert 0.8 < min(seconds_to_send(lab, size, backwards) for _ in range(2)) < 3.0
     finally:
         link.unlimit()
-    assert seconds_to_send(lab, size) < 0.5
+    assert min(seconds_to_send(lab, size) for _ in range(3)) < 0.5
+
+
+@contextlib.contextmanager
+def conversation(lab):
+    """A connection of the first host to the second over repl: both ends."""
+    one, two = lab.computes
+    with (
+        two.in_network(lambda: socket.create_server((two.repl_ip, 0))) as server,
+        one.dial(two.repl_ip, server.getsockname()[1], 10) as client,
+    ):
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(30)
+            client.settimeout(30)
+            yield client, connection
+
+
+def test_packets_come_late_and_in_time_again(lab):
+    link = lab.computes[0].link("repl")
+
+    def round_trip(client, connection):
+        start = time.monotonic()
+        client.sendall(b"there")
+        assert connection.recv(100) == b"there"
+        connection.sendall(b"back")
+        assert client.recv(100) == b"back"
+        return time.monotonic() - start
+
+    with conversation(lab) as ends:
+        link.disturb(delay_s=0.2)
+        try:
+            assert round_trip(*ends) >= 0.4
+        finally:
+            link.settle()
+        link.settle()
+        assert min(round_trip(*ends) for _ in range(20)) < 0.2
+    assert min(seconds_to_send(lab, 3_000_000) for _ in range(3)) < 0.5
+
+
+def test_bits_change_on_the_way_and_no_checksum_tells(lab):
+    link, block = lab.computes[0].link("repl"), bytes(1 << 16)
+    with conversation(lab) as (client, connection):
+
+        def send(blocks):
+            changed = 0
+            for _ in range(blocks):
+                client.sendall(block)
+                left = len(block)
+                while left:
+                    data = connection.recv(left)
+                    left -= len(data)
+                    changed += len(data) - data.count(0)
+            return changed
+
+        link.disturb(corrupt=0.5)
+        try:
+            assert send(60) > 0
+        finally:
+            link.settle()
+        assert send(60) == 0
 
 
 def test_link_down_is_a_partition_without_a_word(lab):
@@ -227,10 +292,22 @@ def test_unknown_network(lab):
 # -- guests ----------------------------------------------------------------------------------
 
 
+def assert_grows(read, least: int, rate: float) -> None:
+    """A number grows by ``least``, however long a busy machine takes, and no faster than ``rate``.
+
+    :param rate: in a second; what is 1.5 s late may be made up for.
+    """
+    start = time.monotonic()
+    before = now = read()
+    while now - before < least:
+        assert time.monotonic() < start + 30, (before, now)
+        time.sleep(0.05)
+        now = read()
+    assert now - before < rate * (time.monotonic() - start + 1.5)
+
+
 def test_guest_counts_and_says_so(guest):
-    before = guest.counter()
-    time.sleep(0.5)
-    assert 20 < guest.counter() - before < 120  # one each 10 ms, on a busy machine
+    assert_grows(guest.counter, 300, 100)  # one each 10 ms
     assert "READY boot=" + guest.boot_id() in guest.console()
     assert "TICK 10\n" in guest.console()
 
@@ -244,11 +321,8 @@ def test_guest_is_confined_as_on_a_compute_host(lab, guest):
 
 def test_dirty_rate_is_what_was_asked_for(guest):
     guest.control("dirty 500 20")
-    before = int(guest.control("rounds"))
-    time.sleep(1)
-    rounds = int(guest.control("rounds")) - before
+    assert_grows(lambda: int(guest.control("rounds")), 150, 50)
     guest.control("dirty 0 20")
-    assert 15 < rounds < 80  # 50 on a machine that has time
     assert guest.verify().startswith("ok")
 
 
@@ -509,17 +583,22 @@ def test_packets_without_end_stop_when_told(lab, guest):
 _SENDER = """
 import socket, sys
 with socket.socket(type=socket.SOCK_DGRAM) as udp:
-    for number in range(int(sys.argv[1])):
+    for number in range(int(sys.argv[1]), int(sys.argv[2])):
         udp.sendto(number.to_bytes(8, "big"), ("127.0.0.1", 5557))
 """
 
 
 def test_capture_keeps_up(lab):
     """More packets than the ring has room for, as fast as a process can send them."""
-    count = 100_000  # and each is seen twice, on its way out and in, as is the ICMP error it causes
+    # Each is seen twice, on its way out and in, as is the ICMP error it causes; a step fits into
+    # the ring, since a busy machine may keep us from emptying it meanwhile.
+    count, step = 100_000, 10_000
+    parts = []
     with capture(lab.ctl, "lo") as seen:
-        lab.ctl.run([sys.executable, "-c", _SENDER, str(count)])
-        taken = seen.take()
+        for first in range(0, count, step):
+            lab.ctl.run([sys.executable, "-c", _SENDER, str(first), str(first + step)])
+            parts.append(seen.take())
+    taken = np.concatenate(parts)
     mine = taken[(taken["length"] == 50) & ~taken["outgoing"]]
     assert [int.from_bytes(d[42:50], "big") for d in mine["data"].tolist()] == [*range(count)]
     assert seen.lost == 0
@@ -575,7 +654,7 @@ def test_guest_without_nic_and_with_disk(lab):
     workload = Workload(tick_ms=5, console_every=20, dirty_once=100)
     guest = host.boot(GuestSpec("quiet", nic=False, disks=(disk,), workload=workload)).wait_ready()
     guest.wait_console("TICK 40\n")
-    assert "TICK 30" not in guest.console()
+    assert "TICK 30\n" not in guest.console()
     assert "ERROR" not in guest.console()
     assert host.disk_path(disk.path).stat().st_size > 0
     guest.destroy()
@@ -589,6 +668,33 @@ def test_second_monitor_speaks_qmp(lab, guest):
         assert b"QMP" in monitor.recv(4096)
 
 
+def test_qemu_does_a_command_that_was_begun_only_when_it_is_finished(lab, guest):
+    """What DirectExecution counts on: neither a stop without its end, nor one that is spoiled."""
+    stop, cont = encode("stop", {}, "stop"), encode("cont", {}, "cont")
+
+    def running(monitor):
+        return monitor.execute("query-status")["running"]
+
+    with DirectMonitor(str(lab.computes[0].path(guest.spec.monitor_path))) as monitor:
+        monitor.send(begin=stop)
+        time.sleep(0.05)
+        assert not monitor.saw_event("STOP")
+        assert running(monitor)  # spoils it
+        monitor.send(begin=stop)
+        monitor.send(stop, begin=cont)
+        monitor.reply("stop", "stop")
+        time.sleep(0.05)
+        assert monitor.saw_event("STOP") and not monitor.saw_event("RESUME")
+        assert not running(monitor)  # spoils the cont
+        monitor.send(cont)
+        monitor.reply("cont", "cont")
+        assert running(monitor)
+        monitor.send(begin=stop)  # and what is begun ends with the connection
+    time.sleep(0.05)
+    with DirectMonitor(str(lab.computes[0].path(guest.spec.monitor_path))) as monitor:
+        assert running(monitor)
+
+
 def test_a_guest_that_cannot_start_says_why(lab):
     with pytest.raises(LabError, match="does not start"):
         lab.computes[0].boot(GuestSpec("huge", memory_mib=1 << 30))
@@ -600,13 +706,14 @@ def test_a_guest_that_cannot_start_says_why(lab):
 def test_power_cut_takes_all_and_leaves_the_disk(lab):
     host, other = lab.computes[1], lab.computes[0]
     guest = host.boot(GuestSpec("cut", ip="10.77.2.102")).wait_ready()
+    guest.wait_console("TICK")
     host.run(["touch", "/var/lib/nova_pmt/kept", "/run/nova_pmt/lost", "/dev/shm/lost"])
     processes = [guest.pid, host.spawn("agent", ["sleep", "1000"]).pid, host.init_pid]
     peer = other.dial(host.mgmt_ip, serve_in(host), 5)
 
     start = time.monotonic()
     host.power_off()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     assert not any(os.path.exists(f"/proc/{pid}") for pid in processes)
     assert "TICK" in guest.console()
     peer.settimeout(5)
@@ -691,6 +798,8 @@ def processes_with(text: str, namespaces: set[str] = frozenset()) -> list[str]:
 _PROGRAM = """
     import json, os, signal, sys, time
     from nova_pmt.lab import GuestSpec, Lab
+    # Ignored in what a shell has started in the background: then we would have it so, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Lab(computes=2, rabbit={rabbit}) as lab:
         lab.computes[0].boot(GuestSpec("g")){ready}
         lab.computes[1].spawn("agent", ["sleep", "1000"])
@@ -782,6 +891,13 @@ def test_rabbit_is_private_and_stops(tmp_path):
         wrong = Connection(url.replace("rabbit://", "amqp://").replace(password, "guess"))
         with pytest.raises(Exception, match=r"ACCESS_REFUSED|refused"):
             lab.ctl.in_network(wrong.connect)
+        # Started anew while its script has not come to the broker yet: one is left, and serves.
+        assert lab.rabbit is not None
+        lab.rabbit.restart()
+        assert lab.rabbit.alive()
+        lab.rabbit.restart()
+        lab.rabbit.wait_ready()
+        assert len(lab.rabbit.pids()) == 1
         # Root's eyes only, and on no command line.
         everything = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
         assert password not in everything

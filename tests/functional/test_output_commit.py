@@ -23,6 +23,7 @@ import pytest
 from nova_pmt.evaluation import images
 from nova_pmt.evaluation.campaign import CONFIG, Campaign, Options
 from nova_pmt.lab import Lab, deployment
+from tests.functional.conftest import PEER_TIMEOUT_MS
 
 TRIALS, SEED = 20, 20_261
 
@@ -32,7 +33,7 @@ def configured(lab: Lab) -> Iterator[Lab]:
     """The lab of all tests, with a campaign's configuration for as long as it takes."""
     deployment.configure(lab, extra=CONFIG)
     yield lab
-    deployment.configure(lab, peer_timeout_ms=2000)  # as conftest.py has it
+    deployment.configure(lab, peer_timeout_ms=PEER_TIMEOUT_MS)
 
 
 def run(lab: Lab, options: Options, directory: Path) -> Campaign:

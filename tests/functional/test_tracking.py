@@ -424,11 +424,20 @@ def test_a_process_under_a_debugger_is_refused(make: Make) -> None:
         child.write([2])
 
 
+def cpu_ticks(pid: int) -> int:
+    """What a process has used of the CPU, in clock ticks (of 10 ms)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
 def test_a_process_that_computes_is_let_be_within_bounded_time(make: Make) -> None:
     child = make(("private", 10), ("shared", 1))
     child.tell("spin", block=1)
     assert child.answer() == "spinning"
-    time.sleep(0.05)
+    enough, deadline = cpu_ticks(child.pid) + 5, time.monotonic() + 30
+    while cpu_ticks(child.pid) < enough:  # then it is where it makes no system call
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     begin = time.monotonic()
     tracker = UffdTracker(child.pid, child.layout, threads=1)
     with pytest.raises(exception.InjectionRefused, match="not in a system call"):

@@ -413,6 +413,9 @@ class DiskLog:
                 )
                 reason = event["data"].get("reason", "no reason given")
                 self._broken = f"a write to disk {self.disk.spec.name} or its log failed: {reason}"
+        if not self._broken and self._descriptor >= 0 and not os.fstat(self._descriptor).st_nlink:
+            # (By an older worker of this guest, say: what is written is in no log any more.)
+            self._broken = f"somebody took the write log of disk {self.disk.spec.name} away"
         return self._broken
 
     def summary(self) -> dict[str, Any]:

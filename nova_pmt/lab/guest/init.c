@@ -128,7 +128,16 @@ void start_machine(void)
     write_file("/proc/sys/net/ipv4/tcp_rmem", "4096 131072 16777216");
     write_file("/proc/sys/net/ipv4/tcp_wmem", "4096 65536 16777216");
     write_file("/proc/sys/net/ipv4/tcp_mem", "8192 10240 12288");
-    if (address && start_interface("eth0", address))
+    if (address && !strcmp(address, "dhcp")) {
+        char lease[32];
+        start_interface("eth0", NULL);
+        if (ask_for_address("eth0", lease, sizeof lease))
+            fprintf(stderr, "ERROR eth0: DHCP: %s\n", strerror(errno));
+        else if (start_interface("eth0", lease))
+            fprintf(stderr, "ERROR eth0: %s\n", strerror(errno));
+        else
+            say("ADDRESS %s", lease);
+    } else if (address && start_interface("eth0", address))
         fprintf(stderr, "ERROR eth0: %s\n", strerror(errno));
     for (int number = 1; number < 10; number++) {
         char name[IFNAMSIZ];

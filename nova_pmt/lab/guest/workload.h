@@ -41,6 +41,9 @@ void start(void *(*function)(void *), void *argument); /* a thread that nobody w
 /* init.c: mount what must be mounted, load the virtio modules, start the network. */
 void start_machine(void);
 
+/* dhcp.c: ask for an address, as "10.77.2.100/24"; 0, or -1 with errno. The interface is up. */
+int ask_for_address(const char *interface, char *address, size_t size);
+
 /* memory.c: pages that are rewritten, pages that stay, and what they must hold. */
 int make_buffer(size_t bytes);
 void dirty(size_t count, int full);

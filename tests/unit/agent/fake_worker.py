@@ -24,6 +24,7 @@ import os
 import select
 import socket
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,13 @@ STATS = {
 }  # fmt: skip
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that others read, and write, at any time."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
+    draft.write_text(text)
+    draft.replace(path)
+
+
 class FakeWorker:
     def __init__(self, agent: socket.socket, behaviour: Path) -> None:
         self.agent = agent
@@ -83,7 +91,7 @@ class FakeWorker:
 
     def set_domain(self, **changes: object) -> None:
         known = json.loads(self.domain.read_text()) if self.domain.exists() else {}
-        self.domain.write_text(json.dumps({**known, **changes}))
+        write_whole(self.domain, json.dumps({**known, **changes}))
 
     def claim(self) -> bool:
         pair = self.spec.pair
@@ -160,6 +168,10 @@ class FakeWorker:
         if what == "unprotect":
             self.domain.unlink()
             self.end("unprotected", "on request")
+        if what == "" and self.mode != "hold":
+            self.set_domain(state="loaded")
+            if self.mode == "die_after_load":
+                os._exit(9)
         if what == "":
             if self.mode == "hold":
                 control.receive_one(self.agent, self.lines)

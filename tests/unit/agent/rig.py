@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -39,6 +40,7 @@ from nova_pmt.agent.supervisor import Supervisor
 from nova_pmt.arbiter.file import FileArbiter
 from nova_pmt.guest.disk.spec import DiskSpec
 from nova_pmt.messaging import oslo_messaging
+from tests.unit.agent.fake_worker import write_whole
 
 UUID = "5d6c0c3e-5a1b-4c7d-9a53-0123456789ab"
 NAME = "web1"
@@ -48,6 +50,7 @@ FAST = Timing(
     resync_max_s=0.2,
     worker_start_s=10,
     retry_s=0.02,
+    claim_delay_s=0.3,
     follow_s=0.5,
     command_s=10,
     stop_s=5,
@@ -77,14 +80,19 @@ class FakeHost:
         self.refusals: list[exception.Refusal] = []
         self.standby_refusals: list[exception.Refusal] = []
         self.warnings: list[str] = []
-        self.broken: exception.PmtError | None = None
-        self.loaded = True  # a standby whose worker died had loaded its state
+        self.broken: Exception | None = None  # what libvirt answers
+        self.stuck: Exception | None = None  # what it answers to the end of a standby
+        self.loaded = True  # a standby whose worker died after it won had loaded its state
         self.disks: list[dict[str, Any]] = [dict(DISK)]
         self.checked_disks: list[list[dict[str, Any]]] = []  # as a standby
         self.calls: list[tuple[str, str]] = []
 
+    def abilities(self) -> dict[str, Any]:
+        return {"cpu_model": "EPYC", "machine_types": ["pc", "q35"], "plug": False}
+
     def define(self, uuid: str = UUID, name: str = NAME, state: str = "running") -> None:
-        (self.directory / f"{uuid}.json").write_text(json.dumps({"name": name, "state": state}))
+        text = json.dumps({"name": name, "state": state})
+        write_whole(self.directory / f"{uuid}.json", text)
 
     def state(self, uuid: str = UUID) -> str | None:
         try:
@@ -95,9 +103,10 @@ class FakeHost:
     def domains(self) -> list[DomainInfo]:
         found = []
         for path in self.directory.glob("*.json"):
-            data = json.loads(path.read_text())
-            running = data["state"] in ("running", "paused")
-            found.append(DomainInfo(path.stem, data["name"], running))
+            with contextlib.suppress(FileNotFoundError):  # a worker may just have removed it
+                data = json.loads(path.read_text())
+                running = data["state"] in ("running", "paused")
+                found.append(DomainInfo(path.stem, data["name"], running))
         return found
 
     def find(self, domain: str) -> DomainInfo:
@@ -132,6 +141,12 @@ class FakeHost:
         self.calls.append(("destroy", uuid))
         self.define(uuid, self.find(uuid).name, "shut")
 
+    def holds_state(self, uuid: str, generation: int) -> bool:
+        if not self.loaded or self.state(uuid) != "loaded":
+            return False
+        found = json.loads((self.directory / f"{uuid}.json").read_text())
+        return bool(found["generation"] == generation)
+
     def finish_takeover(self, uuid: str) -> bool:
         self.calls.append(("finish_takeover", uuid))
         if not self.loaded or self.state(uuid) is None:
@@ -147,7 +162,9 @@ class FakeHost:
 
     def cleanup_standby(self, uuid: str, generation: int) -> None:
         self.calls.append(("cleanup_standby", uuid))
-        if self.state(uuid) == "waiting":
+        if self.stuck is not None:
+            raise self.stuck
+        if self.state(uuid) in ("waiting", "loaded"):
             (self.directory / f"{uuid}.json").unlink()
 
 
@@ -212,7 +229,7 @@ class FakeCompute:
             address="127.0.0.1",
             host=self.host,
             arbiter=self.arbiter,
-            api=AgentAPI(transport, timeout_s=1, work_timeout_s=20),
+            api=AgentAPI(transport, timeout_s=5, work_timeout_s=20),
             supervisor=Supervisor(argv, str(self.path)),
             pairs=Pairs(self.name, store, self.notifications),
             generations=Generations(str(self.path)),
@@ -260,8 +277,11 @@ class FakeCompute:
         entry.worker.kill()
 
     def record(self) -> dict[str, Any] | None:
-        path = self.path / "pairs" / f"{UUID}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            text = (self.path / "pairs" / f"{UUID}.json").read_text()
+        except FileNotFoundError:
+            return None
+        return dict(json.loads(text))
 
     def spec(self, role: str) -> dict[str, Any]:
         return json.loads((self.host.directory / f"{role}.spec").read_text())
@@ -278,12 +298,12 @@ class Rig:
         cfg.CONF([], default_config_files=[], default_config_dirs=[])
         self.transport = oslo_messaging.get_rpc_transport(cfg.CONF, url="fake://")
         self.arbiter = file_arbiter(self.arbiter_path)
-        self.api = AgentAPI(self.transport, timeout_s=1, work_timeout_s=20)
+        self.api = AgentAPI(self.transport, timeout_s=5, work_timeout_s=20)
         self.a, self.b = FakeCompute(self, "a"), FakeCompute(self, "b")
         self.a.host.define()
         self.config = path / "nova-pmt.conf"
         self.config.write_text(
-            "[DEFAULT]\ntransport_url = fake://\n[client]\nhosts = a, b\ntimeout_s = 1\n"
+            "[DEFAULT]\ntransport_url = fake://\n[client]\nhosts = a, b\ntimeout_s = 5\n"
         )
 
     def start(self) -> None:

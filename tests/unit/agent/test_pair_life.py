@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 
@@ -196,7 +197,8 @@ def test_attempts_to_protect_again_back_off_and_are_visible(stopped_rig: Rig) ->
     pair = eventually(waiting)
     assert pair["state"] == "primary_alone"
     assert pair["last_error"]["code"] == "TOO_LITTLE_MEMORY"
-    assert "next attempt in 0.32 s" in pair["reason"]
+    wait_s = min(0.02 * 2 ** pair["attempts"], 60)
+    assert f"next attempt in {wait_s:g} s" in pair["reason"]
     assert rig.a.host.state() == "running"
     rig.b.host.standby_refusals = []
     eventually(lambda: rig.a.state() == "protected")
@@ -224,6 +226,16 @@ def test_without_resync_the_guest_runs_on_alone_and_can_be_protected_anew(
     eventually(lambda: rig.a.recent() == "primary_alone")
     eventually(lambda: rig.b.recent() == "cancelled")
     rig.protect()
+
+
+def test_no_switchover_begins_while_the_arbiter_cannot_be_asked(rig: Rig) -> None:
+    rig.protect()
+    away = rig.arbiter_path.rename(rig.arbiter_path.with_name("away"))
+    with pytest.raises(exception.ArbiterUnavailable):
+        rig.api.failover("a", UUID)
+    assert rig.api.status("a", UUID)["pairs"][0]["state"] == "protected"
+    away.rename(rig.arbiter_path)
+    assert rig.api.failover("a", UUID)["state"] == "standby_active"
 
 
 def test_switchover_moves_the_guest_and_tells_where_it_runs(rig: Rig) -> None:
@@ -425,10 +437,257 @@ def test_a_standby_is_released_only_up_to_its_generation(rig: Rig) -> None:
     assert rig.b.record() is None
 
 
-def test_a_standby_that_cannot_be_cleaned_up_is_told_of(rig: Rig) -> None:
+@pytest.mark.parametrize("kind", [exception.GuestError, RuntimeError])
+@pytest.mark.parametrize("where", ["broken", "stuck"])
+def test_a_standby_that_cannot_be_cleaned_up_is_told_of_and_tried_again(
+    rig: Rig, where: str, kind: type[Exception]
+) -> None:
     rig.protect()
-    rig.b.host.broken = exception.GuestError("libvirt does not answer")
-    rig.arbiter_path.rename(rig.path / "hidden")
+    setattr(rig.b.host, where, kind("libvirt does not answer"))
     rig.b.kill_worker()
+    eventually(lambda: rig.b.state() == "undecided")
+    entry = rig.b.parts.pairs.get(UUID)
+    assert entry is not None
+    assert "libvirt does not answer" in entry.reason
+    assert rig.b.host.state() == "waiting"
+    assert rig.b.record() is not None
+    setattr(rig.b.host, where, None)
     eventually(lambda: rig.b.recent() == "cancelled")
-    assert "not cleaned up: libvirt" in rig.b.parts.pairs.recent()[0]["reason"]
+
+
+def test_an_agent_that_stops_leaves_the_clean_up_to_its_next_life(rig: Rig) -> None:
+    rig.protect()
+    rig.b.host.stuck = exception.GuestError("domain web1 cannot be ended")
+    rig.b.kill_worker()
+    eventually(lambda: rig.b.state() == "undecided")
+    rig.b.stop()
+    assert rig.b.record() is not None
+    rig.b.host.stuck = None
+    rig.b.start()
+    eventually(lambda: rig.b.recent() == "cancelled")
+
+
+def test_a_standby_whose_worker_died_before_it_claimed_goes_on(rig: Rig) -> None:
+    rig.b.behave(standby="die_after_load")
+    rig.protect()
+    generation = rig.generation()
+    rig.a.host.broken = exception.GuestError("libvirt does not answer")  # as good as dead
+    rig.a.kill_worker()
+    eventually(lambda: rig.b.recent() == "standby_active")
+    assert rig.arbiter.winner(UUID, generation) == "standby"
+    assert rig.b.host.state() == "running"
+    rig.a.host.broken = None
+    eventually(lambda: rig.a.recent() == "standby_active")
+    assert rig.a.host.state() == "shut"
+
+
+def test_a_primary_that_lives_is_before_a_standby_whose_worker_died(rig: Rig) -> None:
+    rig.b.behave(standby="die_after_load")
+    rig.protect()
+    generation = rig.generation()
+    rig.a.kill_worker()
+    eventually(lambda: rig.arbiter.winner(UUID, generation) == "primary")
+    eventually(lambda: ("cleanup_standby", UUID) in rig.b.host.calls)
+    rig.b.behave()
+    eventually(lambda: rig.a.state() == "protected" and rig.generation() > generation)
+    assert rig.a.host.state() == "running"
+    assert ("destroy", UUID) not in rig.a.host.calls
+
+
+def test_a_standby_that_has_loaded_waits_for_an_arbiter_that_is_away(rig: Rig) -> None:
+    rig.b.behave(standby="die_after_load")
+    rig.protect()
+    away = rig.arbiter_path.rename(rig.arbiter_path.with_name("away"))
+    rig.a.host.broken = exception.GuestError("libvirt does not answer")
+    rig.a.kill_worker()
+    eventually(lambda: rig.b.state() == "undecided")
+    assert rig.b.host.state() == "loaded"
+    away.rename(rig.arbiter_path)
+    eventually(lambda: rig.b.recent() == "standby_active")
+    assert rig.b.host.state() == "running"
+
+
+def test_a_copy_that_somebody_started_where_its_standby_was_is_told_of_and_left(rig: Rig) -> None:
+    """It may be the stale one, or the one that an operator moved here: not for us to say."""
+    rig.protect()
+    generation = rig.generation()
+    rig.b.crash()
+    eventually(lambda: rig.arbiter.winner(UUID, generation) == "primary")
+    rig.b.host.define()  # by libvirt, when its host came back
+    rig.b.start()
+    eventually(lambda: rig.b.recent() == "error")
+    assert "a copy that is not the standby" in rig.b.parts.pairs.recent()[-1]["reason"]
+    assert ("destroy", UUID) not in rig.b.host.calls
+    assert rig.a.host.state() == rig.b.host.state() == "running"
+
+
+def test_nothing_is_said_of_a_guest_that_runs_until_it_is_known_who_won(
+    stopped_rig: Rig,
+) -> None:
+    rig = stopped_rig
+    rig.b.timing = replace(rig.b.timing, follow_s=60)
+    rig.start()
+    rig.b.behave(standby="hold")
+    rig.protect()
+    generation = rig.generation()
+    rig.a.host.broken = exception.GuestError("libvirt does not answer")  # it does not claim
+    rig.a.kill_worker()
+    rig.b.crash()
+    rig.b.host.define()
+    rig.b.start()
+    eventually(lambda: rig.b.state() == "undecided")
+    assert rig.b.host.state() == "running"
+    rig.a.host.broken = None
+    eventually(lambda: rig.arbiter.winner(UUID, generation) == "primary")
+    eventually(lambda: rig.b.recent() == "error")
+    assert rig.b.host.state() == "running"
+
+
+def test_a_guest_that_runs_and_that_nobody_has_won_is_left_alone_in_the_end(rig: Rig) -> None:
+    rig.b.behave(standby="hold")
+    rig.protect()
+    rig.a.crash()
+    rig.b.crash()
+    rig.b.host.define()  # by an operator: both hosts were lost
+    rig.b.start()
+    eventually(lambda: rig.b.recent() == "standby_active")
+    assert rig.b.host.state() == "running"
+    assert ("destroy", UUID) not in rig.b.host.calls
+
+
+def test_a_guest_that_went_on_and_lost_its_agent_stays(rig: Rig) -> None:
+    rig.protect()
+    rig.arbiter.claim(UUID, rig.generation(), "standby")
+    rig.b.crash()
+    rig.b.host.define()
+    rig.b.start()
+    eventually(lambda: rig.b.recent() == "standby_active")
+    assert rig.b.host.state() == "running"
+
+
+def test_an_error_that_nobody_thought_of_does_not_end_the_watch_over_a_primary(rig: Rig) -> None:
+    rig.b.behave(standby="hold")
+    rig.protect()
+    rig.a.host.broken = RuntimeError("libvirtd is being restarted")
+    rig.a.kill_worker()
+    view = eventually(
+        lambda: rig.a.state() == "undecided" and rig.api.status("a", UUID)["pairs"][0]
+    )
+    assert view["last_error"]["code"] == exception.GuestError.code
+    assert view["reason"] == "RuntimeError: libvirtd is being restarted"
+    rig.a.host.broken = None
+    eventually(lambda: "primary_alone" in rig.a.recorder.states())
+
+
+def test_a_guest_that_stands_still_is_let_run_whatever_its_recovery_fails_with(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.b.behave(standby="hold")
+    rig.protect()
+    rig.a.host.define(state="paused")
+    recover, failures = rig.a.host.recover, [FileNotFoundError("/proc/7"), OSError("no libvirtd")]
+
+    def failing(uuid: str) -> None:
+        if failures:
+            raise failures.pop()
+        recover(uuid)
+
+    monkeypatch.setattr(rig.a.host, "recover", failing)
+    rig.a.kill_worker()
+    eventually(lambda: "primary_alone" in rig.a.recorder.states())
+    assert rig.a.host.state() == "running"
+    assert not failures
+
+
+def test_a_guest_that_lost_is_destroyed_whatever_that_fails_with(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.b.behave(standby="hold")
+    rig.protect()
+    rig.arbiter.claim(UUID, rig.generation(), "standby")
+    destroy, failures = rig.a.host.destroy, [OSError("libvirtd is being restarted")]
+
+    def failing(uuid: str) -> None:
+        if failures:
+            raise failures.pop()
+        destroy(uuid)
+
+    monkeypatch.setattr(rig.a.host, "destroy", failing)
+    rig.a.kill_worker()
+    eventually(lambda: rig.a.recent() == "standby_active")
+    assert rig.a.host.state() == "shut"
+    assert "undecided" in rig.a.recorder.states()
+
+
+def test_a_full_disk_is_a_failed_attempt_to_protect_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.protect()
+    first = rig.generation()
+    number, failures = rig.a.parts.generations.next, [OSError(28, "No space left on device")]
+    reasons: list[str] = []
+
+    def failing(uuid: str) -> int:
+        if failures:
+            raise failures.pop()
+        entry = rig.a.parts.pairs.get(UUID)
+        reasons.append(str(entry and entry.last_error))
+        return number(uuid)
+
+    monkeypatch.setattr(rig.a.parts.generations, "next", failing)
+    rig.b.kill_worker()
+    eventually(lambda: rig.a.state() == "protected" and rig.generation() > first)
+    assert "No space left on device" in reasons[0]
+
+
+def test_a_pair_is_over_also_when_its_record_cannot_be_removed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.protect()
+
+    def failing(uuid: str) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(rig.a.parts.pairs._store, "remove", failing)
+    assert rig.api.unprotect("a", UUID)["state"] == "unprotected"
+    assert rig.a.state() is None
+
+
+def test_a_generation_that_was_perhaps_not_announced_is_announced_before_it_is_claimed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent died between writing its record and asking the arbiter to begin."""
+    rig.b.behave(standby="hold")
+    rig.protect()
+    rig.a.crash()
+    path = rig.a.path / "pairs" / f"{UUID}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "state": "reprotecting"}))
+    asked: list[str] = []
+    begin, claim = rig.arbiter.begin, rig.arbiter.claim
+    monkeypatch.setattr(rig.arbiter, "begin", lambda one: asked.append("begin") or begin(one))
+    monkeypatch.setattr(
+        rig.arbiter, "claim", lambda *args, **more: asked.append("claim") or claim(*args, **more)
+    )
+    rig.a.start()
+    eventually(lambda: "claim" in asked)
+    assert asked[:2] == ["begin", "claim"]
+
+
+def test_a_new_standbys_host_is_taken_also_while_an_attempt_with_the_old_one_is_under_way(
+    rig: Rig,
+) -> None:
+    rig.protect()
+    entry = rig.a.parts.pairs.get(UUID)
+    assert entry is not None
+    with pytest.raises(exception.NotReady, match="it gets no new standby"):
+        rig.api.move_standby("a", UUID, "b")  # it is protected
+    rig.b.host.refusals = [exception.TooLittleMemory("b is full")]
+    rig.b.kill_worker()
+    eventually(lambda: rig.a.state() == "primary_alone")
+    with entry.changed:
+        entry.next_attempt = None  # as while an attempt is under way
+        rig.b.host.refusals = []
+        rig.a.service.move_standby(UUID, "b")  # type: ignore[union-attr]
+        assert entry.next_standby == "b"
+    eventually(lambda: rig.a.state() == "protected")
+    assert entry.next_standby is None

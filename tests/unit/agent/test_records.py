@@ -117,3 +117,17 @@ def test_only_so_many_generations_are_kept(tmp_path: Path, monkeypatch: pytest.M
     for name in names:
         generations.next(name)
     assert list(json.loads((tmp_path / "generations.json").read_text())) == names[2:]
+
+
+def test_a_full_disk_does_not_keep_an_agent_from_taking_up_a_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: str, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "write_atomically", full)
+    generations = Generations(str(tmp_path))
+    generations.saw(UUID, 7)
+    assert generations.last(UUID) == 7
+    with pytest.raises(OSError, match="No space"):
+        generations.next(UUID)  # a new one must be kept

@@ -28,7 +28,7 @@ from oslo_messaging._drivers import impl_fake
 from oslo_messaging.notify import _impl_test
 
 from nova_pmt import exception
-from nova_pmt.agent import startup
+from nova_pmt.agent import presence, startup
 from nova_pmt.agent.rpcapi import AgentAPI
 from nova_pmt.arbiter.file import FileArbiter
 from nova_pmt.conf import opts
@@ -42,12 +42,24 @@ def conf(tmp_path: Path, **tls: Any) -> Any:
     return SimpleNamespace(
         state_path=str(tmp_path / "state"),
         tls=SimpleNamespace(**{"insecure": False, **paths, **tls}),
+        arbiter=SimpleNamespace(driver="file"),
+        manager=SimpleNamespace(enabled=False),
     )
 
 
 def test_only_root_may_start_it(tmp_path: Path) -> None:
     with pytest.raises(exception.ConfigError, match="root"):
         startup.check(conf(tmp_path, insecure=True), euid=1000)
+
+
+@pytest.mark.parametrize(("driver", "enabled"), [("manager", False), ("file", True)])
+def test_managers_that_would_not_be_told_of_pairs_are_refused(
+    tmp_path: Path, driver: str, enabled: bool
+) -> None:
+    given = conf(tmp_path, insecure=True)
+    given.arbiter.driver, given.manager.enabled = driver, enabled
+    with pytest.raises(exception.ConfigError, match="go together"):
+        startup.check(given, euid=0)
 
 
 def test_without_certificates_it_does_not_start(tmp_path: Path) -> None:
@@ -108,6 +120,7 @@ def test_a_started_agent_answers_over_the_bus_and_ends_when_closed(tmp_path: Pat
         "[DEFAULT]\ntransport_url = fake://\nhost = alone\n"
         f"state_path = {tmp_path}\n"
         "[oslo_messaging_notifications]\ndriver = test\n"
+        f"[guest]\nruntime_directory = {tmp_path}/run\n"
     )
     loaded(["--config-file", str(path)], project="nova_pmt")
     host = FakeHost(tmp_path / "domains")
@@ -116,6 +129,8 @@ def test_a_started_agent_answers_over_the_bus_and_ends_when_closed(tmp_path: Pat
     _impl_test.reset()
     agent = startup.Agent(loaded, host, arbiter)
     try:
+        present = eventually(lambda: presence.read(presence.path(f"{tmp_path}/run")))
+        assert (present.host, present.pid) == ("alone", os.getpid())
         api = AgentAPI(oslo_messaging.get_rpc_transport(loaded), timeout_s=5)
         assert api.find("alone", "web1")["running"] is True
         assert api.list("alone") == {"host": "alone", "pairs": []}
@@ -124,6 +139,7 @@ def test_a_started_agent_answers_over_the_bus_and_ends_when_closed(tmp_path: Pat
     finally:
         agent.close()
         loaded.reset()
+    assert presence.read(presence.path(f"{tmp_path}/run")) is None
 
 
 def test_the_command_refuses_with_the_cure_on_stderr(tmp_path: Path) -> None:
@@ -142,6 +158,7 @@ def test_the_command_ends_in_order_with_sigterm(tmp_path: Path) -> None:
     path.write_text(
         "[DEFAULT]\ntransport_url = fake://\n"
         f"state_path = {tmp_path}\nlog_file = {tmp_path}/agent.log\n[tls]\ninsecure = true\n"
+        f"[guest]\nruntime_directory = {tmp_path}/run\n"
     )
     process = _agent(path)
     log = tmp_path / "agent.log"

@@ -138,11 +138,12 @@ def test_stop_kills_a_worker_that_does_not_end(start: Start) -> None:
     assert outcome.returncode == -9
 
 
-def test_a_worker_whose_rounds_stop_without_a_word_is_killed(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("last", ['event="stats", epoch=1', 'event="state", state="syncing"'])
+def test_a_worker_that_stops_without_a_word_is_killed(
+    start: Start, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     monkeypatch.setattr(supervisor, "_POLL_MS", 20)
-    worker, _, _ = start('say(event="stats", epoch=1); time.sleep(60)', silence_s=0.1)
+    worker, _, _ = start(f"say({last}); time.sleep(60)", silence_s=0.1)
     outcome = worker.wait(10)
     assert outcome is not None
     assert outcome.returncode == -9
@@ -182,6 +183,22 @@ def test_output_of_a_worker_goes_to_its_log(start: Start, tmp_path: Path) -> Non
 def test_a_worker_that_cannot_be_started_is_a_typed_error() -> None:
     with pytest.raises(exception.WorkerDied, match="cannot be started"):
         Supervisor(["/no/such/program"]).start(SPEC, lambda _: None, lambda _: None)
+
+
+def test_a_worker_that_cannot_be_listened_to_does_not_stay(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Worker] = []
+
+    def no_thread(worker: Worker) -> None:
+        made.append(worker)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Worker, "start", no_thread)
+    with pytest.raises(exception.WorkerDied, match="can't start new thread"):
+        start("time.sleep(60)")
+    with pytest.raises(ProcessLookupError):
+        os.kill(made[0].pid, 0)
 
 
 def test_stop_all_ends_all_of_them_in_order(tmp_path: Path) -> None:

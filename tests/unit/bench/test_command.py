@@ -69,3 +69,13 @@ def test_progress_off_a_terminal_is_one_line_for_each_label() -> None:
         for done in range(5):
             progress.progress("128 MiB, 1000 pages", done, 5)
     assert out.getvalue().splitlines() == ["booting", "128 MiB, 1000 pages"]
+
+
+def test_without_nova_the_filter_benchmark_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert bench.main(["filter"]) == 1
+    told = capsys.readouterr().err
+    assert "[NOVA_MISSING]" in told
+    assert "cure: " in told

@@ -592,3 +592,21 @@ def test_a_buffer_that_cannot_be_put_on_ends_the_synchronisation() -> None:
         world.loop.synchronise(arm=arm)
     assert not world.guest.paused
     assert world.execution.pauses == 0
+
+
+@pytest.mark.parametrize(("pages", "scans"), [(50, 2), (51, 3)])
+def test_a_pass_that_finds_little_is_the_last(
+    pages: int, scans: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nova_pmt.checkpoint.loop.FEW_PAGES", 50)
+    world = TimedWorld()
+    world.synchronise()
+    world.memory.scan()
+    seen = []
+    scan = world.memory.scan
+    monkeypatch.setattr(world.memory, "scan", lambda: seen.append(1) or scan())
+    world.guest.write(range(pages))
+    world.loop._round()
+    assert len(seen) == scans, "with the one in the pause"
+    world.settle()
+    world.check()

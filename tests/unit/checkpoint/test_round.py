@@ -390,10 +390,12 @@ def test_a_pause_that_waits_for_room_stays_one_though_output_presses(world: Worl
         assert world.checkpointer.capture() is None
     world.guest.write(range(PAGES))
     world.output.pressure = 0.95
+    world.output.broken = "who asks reads the monitor, where the answer to the save is to come"
     world.faults.calls.clear()
     checkpoint = world.checkpointer.capture()
     assert checkpoint is not None
-    assert "hold guest" not in world.faults.calls
+    world.output.broken = ""
+    assert not {"hold guest", "running"} & set(world.faults.calls)
     assert world.faults.calls.count("resume") == 1
     world.checkpointer.transfer(checkpoint)
     world.settle()

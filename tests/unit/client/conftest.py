@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from nova_pmt.cmd import client
-from tests.unit.agent.rig import Rig
+from tests.unit.agent.rig import Rig, eventually
+from tests.unit.client.managed import Managed
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,22 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     """Compute hosts a and b with their agents."""
     made = Rig(tmp_path)
     made.start()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def managed(tmp_path: Path, rig: Rig) -> Iterator[Managed]:
+    """The same with a manager, which has heard of both hosts; the command knows only of it."""
+    rig.a.stop()
+    rig.b.stop()
+    made = Managed(rig, tmp_path)
+    rig.start()
+    made.beat()
+    rig.config.write_text(
+        "[DEFAULT]\ntransport_url = fake://\n[client]\ntimeout_s = 5\n[manager]\nenabled = true\n"
+    )
+    eventually(lambda: len(made.database.hosts()) == 2)
     yield made
     made.close()
 

@@ -192,3 +192,17 @@ def test_the_bar_of_protect_moves_while_disks_are_copied(monkeypatch: pytest.Mon
     answers = iter([{"pairs": [view], "recent": []} for view in views])
     progress.wait(lambda: next(answers), console, 60, sleep=lambda _s: None)
     assert [done / total for done, total in seen if total] == [0.25, 0.25]
+
+
+def test_pairs_tell_of_nova() -> None:
+    pair = dict.fromkeys(("name", "uuid", "active_host", "standby_host", "winner"), "")
+    pair |= {"state": "unprotected", "changed_at": 0.0, "reason": ""}
+    steps: list[dict[str, Any] | None] = [
+        None,
+        {"step": "", "reason": "no room"},
+        {"step": "evacuate", "reason": "it runs on b"},
+    ]
+    lines = text(render.pairs_table([{**pair, "nova": nova} for nova in steps]))
+    told = "\n".join(lines)
+    assert "no room" in told
+    assert "Nova is told of it: evacuate; it runs on b" in told

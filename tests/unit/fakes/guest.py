@@ -152,6 +152,10 @@ class FakeExecution:
         self._saving = False
         self._state = b""
 
+    def prepare(self) -> None:
+        self.faults.enter("prepare")
+        self.faults.leave()
+
     def pause(self) -> None:
         self.faults.enter("pause")
         assert not self.guest.paused, "paused twice"

@@ -95,14 +95,21 @@ class FakeQmp:
 
     def _talk(self, peer: socket.socket) -> None:
         self._send(peer, [self._greeting])
-        data = b""
+        text = ""
         while part := peer.recv(65536):
             self.reads += 1
-            data += part
-            while b"\n" in data:
-                line, data = data.split(b"\n", 1)
-                command = json.loads(line)
+            text += part.decode()
+            while text.strip():
+                try:
+                    command, end = json.JSONDecoder().raw_decode(text.strip())
+                except ValueError:
+                    break  # the rest is still to come
+                text = text.strip()[end:]
                 self.commands.append(command)
+                if "spoiled" in command.get("arguments", {}):
+                    error = {"class": "GenericError", "desc": "Parameter 'spoiled' is unexpected"}
+                    self._send(peer, [{"error": error, "id": command["id"]}])
+                    continue
                 if command["execute"] == "qmp_capabilities":
                     self._send(peer, [done(command)])
                     continue

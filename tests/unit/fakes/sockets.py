@@ -31,12 +31,16 @@ from nova_pmt.replication.protocol import Header, Type
 class End:
     """One end: a link, its loop, and what came."""
 
-    def __init__(self, sock: socket.socket, name: str, **options: Any) -> None:
+    def __init__(
+        self, sock: socket.socket, name: str, *, earnest: bool = True, **options: Any
+    ) -> None:
         self.frames: list[tuple[Header, bytes]] = []
         self.heartbeats = 0
         self.selector = selectors.DefaultSelector()
         values = {"heartbeat_s": 10.0, "timeout_s": 30.0, **options}
         self.link = Link(sock, self, peer=name, **values)
+        if earnest:
+            self.link.in_earnest()
         self.link.register(self.selector)
 
     def buffers(self, header: Header) -> Buffers:

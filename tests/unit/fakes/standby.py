@@ -76,6 +76,7 @@ class FakeStandby:
         self.journal, self.images = journal(disks, readonly)
         self.staging = SlabCache(staging_bytes)
         self.acknowledged: list[int] = []
+        self.receipts: list[int] = []
         self.images_at_acknowledge: list[int] = []
         self.receiver = Receiver(
             self.image, self.journal, self.staging, self._acknowledge, check_device_state
@@ -84,8 +85,9 @@ class FakeStandby:
         self.frames: list[Header] = []
         self.commit_frames: list[bytes] = []
 
-    def _acknowledge(self, epoch: int) -> None:
+    def _acknowledge(self, epoch: int, receipt: int) -> None:
         self.acknowledged.append(epoch)
+        self.receipts.append(receipt)
         self.images_at_acknowledge.append(self.image.writes)
 
     def buffers(self, header: Header) -> Buffers:

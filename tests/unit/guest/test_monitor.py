@@ -14,8 +14,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +130,28 @@ def test_what_qemu_said_before_it_ended_is_known(tmp_path: Path) -> None:
         assert monitor.saw_event("SHUTDOWN")
 
 
+@contextlib.contextmanager
+def impatient(monitor: DirectMonitor) -> Iterator[None]:
+    """It soon gives up; not before, since a busy machine may be slow to greet it."""
+    patience = monitor._timeout_s
+
+    def wait(seconds: float) -> None:
+        monitor._timeout_s = seconds
+        monitor._sock.settimeout(seconds)
+
+    wait(0.1)
+    try:
+        yield
+    finally:
+        wait(patience)
+
+
 def test_qemu_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
-    with FakeQmp(tmp_path, lambda _: []) as server, DirectMonitor(server.path, 0.1) as monitor:
-        with pytest.raises(exception.GuestError, match="did not answer") as caught:
+    with FakeQmp(tmp_path, lambda _: []) as server, DirectMonitor(server.path) as monitor:
+        with (
+            impatient(monitor),
+            pytest.raises(exception.GuestError, match="did not answer") as caught,
+        ):
             monitor.execute("stop")
     assert caught.value.code == "QMP_TIMEOUT"
 
@@ -142,8 +163,8 @@ def test_a_late_answer_does_not_pass_for_that_of_the_next_command(tmp_path: Path
         kept.append(command)
         return [] if len(kept) == 1 else [done(kept[0], "late"), done(command, "mine")]
 
-    with FakeQmp(tmp_path, answer) as server, DirectMonitor(server.path, 0.1) as monitor:
-        with pytest.raises(exception.GuestError):
+    with FakeQmp(tmp_path, answer) as server, DirectMonitor(server.path) as monitor:
+        with impatient(monitor), pytest.raises(exception.GuestError):
             monitor.execute("first")
         assert monitor.execute("second") == "mine"
 
@@ -231,8 +252,9 @@ class Qemu:
         if name == self.refuse:
             return [{"error": {"class": "GenericError", "desc": "no"}, "id": command["id"]}]
         if name == "stop":
+            told = [event("STOP")] if self.running else []
             self.running = False
-            return [event("STOP"), done(command)]
+            return [*told, done(command)]
         if name == "xen-save-devices-state":
             assert not self.running
             assert command["arguments"]["live"] is False
@@ -266,6 +288,43 @@ def test_a_pause_is_one_write_and_brings_the_device_state(tmp_path: Path) -> Non
         assert not (tmp_path / "devices.state").exists()
 
 
+def test_what_was_begun_is_finished_by_what_starts_with_it(tmp_path: Path) -> None:
+    qemu = Qemu()
+    with FakeQmp(tmp_path, qemu) as server, DirectMonitor(server.path) as monitor:
+        execution = DirectExecution(monitor, str(tmp_path))
+        for _ in range(3):
+            assert execution.running()
+            execution.prepare()
+            execution.prepare()
+            time.sleep(0.01)
+            assert qemu.running
+            pause_whole(execution)
+            time.sleep(0.01)
+            assert not qemu.running  # all of its cont but the last byte is there
+            execution.resume()
+            assert qemu.running
+    names = [command["execute"] for command in server.commands[1:]]
+    assert names == ["query-status", "stop", "xen-save-devices-state", "cont"] * 3
+
+
+def test_what_was_begun_is_not_done_when_something_else_comes(tmp_path: Path) -> None:
+    qemu = Qemu()
+    with FakeQmp(tmp_path, qemu) as server, DirectMonitor(server.path) as monitor:
+        execution = DirectExecution(monitor, str(tmp_path))
+        execution.prepare()
+        assert monitor.execute("query-status") == {"running": True}
+        execution.resume()
+        pause_whole(execution)
+        assert monitor.execute("query-status") == {"running": False}  # its cont was begun
+        execution.resume()
+        assert qemu.running
+        execution.hold()
+        execution.resume()
+        assert qemu.running
+    refused = [c for c in server.commands if "spoiled" in c.get("arguments", {})]
+    assert [command["execute"] for command in refused] == ["stop", "cont"]
+
+
 @pytest.mark.parametrize("refused", ["stop", "xen-save-devices-state"])
 def test_resume_works_in_whatever_state_the_pause_was_left(tmp_path: Path, refused: str) -> None:
     qemu = Qemu()
@@ -281,6 +340,50 @@ def test_resume_works_in_whatever_state_the_pause_was_left(tmp_path: Path, refus
         qemu.refuse = ""
         pause_whole(execution)
         execution.resume()
+
+
+def test_a_guest_that_somebody_resumes_in_the_pause_makes_no_checkpoint(tmp_path: Path) -> None:
+    with FakeQmp(tmp_path, Qemu()) as server, DirectMonitor(server.path) as monitor:
+        execution = DirectExecution(monitor, str(tmp_path))
+        pause_whole(execution)
+        execution.resume()
+        execution.pause()
+        server.say(event("RESUME"))
+        with pytest.raises(exception.GuestError, match="somebody resumed") as caught:
+            execution.saved()
+        assert caught.value.code == "RESUMED_IN_PAUSE"
+        execution.resume()
+        pause_whole(execution)  # the next one is whole again
+        execution.resume()
+
+
+def test_a_guest_that_somebody_pauses_just_before_us_stays_paused(tmp_path: Path) -> None:
+    """``virsh suspend`` between our look at it and our stop: no cont of ours undoes it."""
+    qemu = Qemu()
+    with FakeQmp(tmp_path, qemu) as server, DirectMonitor(server.path) as monitor:
+        execution = DirectExecution(monitor, str(tmp_path))
+        assert execution.running()
+        execution.prepare()
+        qemu.running = False
+        pause_whole(execution)
+        execution.resume()
+        assert not execution.running()
+        execution.resume()  # told so: as an operator's unprotect is
+        assert execution.running()
+        execution.prepare()
+        pause_whole(execution)
+        execution.resume()
+        assert execution.running()
+
+
+def test_a_guest_that_was_reset_has_not_ended(tmp_path: Path) -> None:
+    """``virsh reboot``: QEMU tells of a SHUTDOWN, and libvirt lets it run again."""
+    with FakeQmp(tmp_path, Qemu()) as server, DirectMonitor(server.path) as monitor:
+        execution = DirectExecution(monitor, str(tmp_path))
+        server.say(event("SHUTDOWN"), event("RESUME"))
+        assert monitor.saw_event("SHUTDOWN")
+        assert execution.running()
+        assert not monitor.saw_event("SHUTDOWN")
 
 
 def pause_whole(execution: Any) -> None:
@@ -301,16 +404,20 @@ def test_a_device_state_without_end_is_refused(
 
 
 class SlowMonitor(Monitor):
-    """Stands for libvirt's passthrough: commands of several threads, one after the other."""
+    """Stands for libvirt's passthrough: commands of several threads, one after the other.
 
-    def __init__(self, qemu: Qemu, delay_s: float = 0.0) -> None:
-        self.qemu, self.delay_s = qemu, delay_s
+    :param gate: a save of the devices waits until it is set.
+    """
+
+    def __init__(self, qemu: Qemu, gate: threading.Event | None = None) -> None:
+        self.qemu, self.gate = qemu, gate
         self.log: list[str] = []
         self._lock = threading.Lock()
 
     def execute(self, command: str, **arguments: Any) -> Any:
         with self._lock:
-            time.sleep(self.delay_s)
+            if self.gate is not None and command == "xen-save-devices-state":
+                self.gate.wait(30)
             self.log.append(command)
             message = {"execute": command, "arguments": arguments, "id": "1"}
             reply = self.qemu(message)[-1]
@@ -330,11 +437,12 @@ class SlowMonitor(Monitor):
 
 def test_through_libvirt_the_save_runs_while_memory_is_copied(tmp_path: Path) -> None:
     qemu = Qemu()
-    monitor = SlowMonitor(qemu, 0.05)
-    execution = make_execution(monitor, str(tmp_path))
+    gate = threading.Event()
+    execution = make_execution(SlowMonitor(qemu, gate), str(tmp_path))
     assert type(execution) is LibvirtExecution
     execution.pause()
     assert qemu.saves == 0  # under way
+    gate.set()
     execution.saved()
     assert qemu.saves == 1
     execution.resume()
@@ -360,6 +468,6 @@ def test_through_libvirt_a_save_that_fails_is_told_and_the_guest_goes_on(tmp_pat
     execution.close()
 
 
-def test_commands_are_one_line_each() -> None:
-    assert encode("stop", {}) == b'{"execute": "stop"}\n'
-    assert encode("x", {"a": "\n"}, "7").count(b"\n") == 1
+def test_commands_are_as_short_as_they_can_be() -> None:
+    assert encode("stop", {}) == b'{"execute":"stop"}'
+    assert encode("x", {"a": "\n"}, "7") == b'{"execute":"x","arguments":{"a":"\\n"},"id":"7"}'

@@ -14,6 +14,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import socket
 import struct
 import threading
@@ -57,17 +60,27 @@ class Qemu(Monitor):
         self.running = True
         self.fail_on = ""
         self.events: list[str] = []
+        self.unread: list[str] = []
         self.blocked: list[str] = []
+        self.run_state = "paused"
+        self._was_running = True
+        self.commands: list[str] = []
         self._sock: socket.socket | None = None
         self._changed = threading.Condition()
 
+    @property
+    def under_way(self) -> bool:
+        return self.status not in ("none", "cancelled", "failed", "completed")
+
     def execute(self, command: str, **arguments: Any) -> Any:
-        if command == self.fail_on:
+        self.commands.append(command)
+        changes = command in ("migrate", "migrate-set-capabilities")
+        if command == self.fail_on or (changes and self.under_way):
             raise QmpCommandError(command, {"class": "GenericError", "desc": "no"})
         return getattr(self, command.replace("-", "_"))(**arguments)
 
     def query_status(self) -> Any:
-        return {"running": self.running}
+        return {"running": self.running, "status": "running" if self.running else self.run_state}
 
     def query_migrate(self) -> Any:
         found: dict[str, Any] = {} if self.status == "none" else {"status": self.status}
@@ -86,29 +99,34 @@ class Qemu(Monitor):
     def migrate_set_parameters(self, **arguments: Any) -> Any:
         self.parameters.update(arguments)
         if self.status == "active" and arguments.get("downtime-limit", 0) > 1000:
+            self.run_state = "finish-migrate"
+            self._was_running, self.running = self.running, False
             self._become("pre-switchover")
-            self.running = False
 
     def migrate(self, uri: str) -> Any:
         self.capabilities_used = dict(self.capabilities)
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.connect(uri.removeprefix("unix:"))
+        self._was_running = self.running
         self._become("active")
         threading.Thread(target=self._send, daemon=True).start()
 
     def _send(self) -> None:
         assert self._sock is not None
-        self._sock.sendall(self.data)
+        with contextlib.suppress(OSError):  # the worker may be gone
+            self._sock.sendall(self.data)
         if self.then == "close":
             self._become("failed")
             self._sock.close()
 
     def migrate_cancel(self) -> Any:
-        if self.status in ("active", "pre-switchover"):
+        if self.under_way:
+            self.running = self.running or self._was_running
+            held = not self.running and self.status == "pre-switchover"
+            self.run_state = "postmigrate" if held else "paused"
             self._become("cancelled")
-            self.running = True
-            assert self._sock is not None
-            self._sock.close()
+            if self._sock is not None:
+                self._sock.close()
 
     def cont(self) -> Any:
         self.running = True
@@ -117,12 +135,17 @@ class Qemu(Monitor):
         with self._changed:
             self.status = status
             self.events.append(status)
+            self.unread.append(status)
             self._changed.notify_all()
 
     def wait_event(self, name: str, timeout_s: float, **match: Any) -> dict[str, Any]:
         with self._changed:
-            if not self._changed.wait_for(lambda: match["status"] in self.events, timeout_s):
+            status = match.get("status")
+            if not self._changed.wait_for(
+                lambda: status in self.unread if status else self.unread, timeout_s
+            ):
                 raise exception.GuestError(f"no event {match}")
+            self.unread.remove(status or self.unread[0])
         return {}
 
     def saw_event(self, name: str) -> bool:
@@ -169,13 +192,6 @@ def test_it_runs_with_the_capabilities_that_it_needs_and_no_others(tmp_path: Pat
 def test_a_guest_that_was_paused_stays_paused(tmp_path: Path) -> None:
     qemu = Qemu(until_devices())
     qemu.running = False
-    real = qemu.migrate_cancel
-
-    def cancel() -> None:
-        real()
-        qemu.running = False
-
-    qemu.migrate_cancel = cancel  # type: ignore[method-assign]
     prelude.take(qemu, LAYOUT, str(tmp_path), 5.0)
     assert not qemu.running
 
@@ -219,6 +235,207 @@ def test_what_was_left_by_one_that_died_is_no_hindrance(tmp_path: Path) -> None:
     qemu = Qemu(until_devices())
     prelude.take(qemu, LAYOUT, str(tmp_path), 5.0)
     assert as_before(qemu, tmp_path)
+
+
+# -- its process is killed --------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing that is written down for an error is done any more."""
+
+
+class Worker(Qemu):
+    """What a worker sees of a QEMU, until it is killed behind one of its commands."""
+
+    def __init__(self, qemu: Qemu, lives: int) -> None:
+        self.qemu, self.lives = qemu, lives
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        if self.lives < 0:
+            raise Killed
+        answer = self.qemu.execute(command, **arguments)
+        self.lives -= 1
+        if self.lives < 0:
+            raise Killed
+        return answer
+
+    def wait_event(self, name: str, timeout_s: float, **match: Any) -> dict[str, Any]:
+        if self.lives < 0:
+            raise Killed
+        return self.qemu.wait_event(name, timeout_s, **match)
+
+
+def killed_at(directory: Path, number: int, qemu: Qemu | None = None) -> Qemu | None:
+    """A QEMU whose prelude was killed behind that command; none when it has fewer."""
+    found = Qemu(until_devices()) if qemu is None else qemu
+    try:
+        prelude.take(Worker(found, number), LAYOUT, str(directory), 5.0)
+    except Killed:
+        (directory / "prelude.sock").touch()
+        return found
+    return None
+
+
+def test_whenever_it_is_killed_all_is_put_back(tmp_path: Path) -> None:
+    states = set()
+    number = 0
+    while (qemu := killed_at(tmp_path, number)) is not None:
+        states.add(qemu.status)
+        prelude.recover(qemu, str(tmp_path))
+        (tmp_path / "prelude.sock").unlink()
+        assert as_before(qemu, tmp_path), qemu.commands[number]
+        assert not qemu.under_way
+        prelude.check(qemu)
+        prelude.take(qemu, LAYOUT, str(tmp_path), 5.0)
+        assert as_before(qemu, tmp_path), qemu.commands[number]
+        number += 1
+    assert number > 12
+    assert states >= {"none", "active", "pre-switchover", "cancelled"}
+
+
+def test_the_next_prelude_does_it_where_nobody_else_did(tmp_path: Path) -> None:
+    number = 0
+    while (qemu := killed_at(tmp_path, number)) is not None:
+        assert prelude.take(qemu, LAYOUT, str(tmp_path), 5.0).blocks == BLOCKS
+        assert as_before(qemu, tmp_path), qemu.commands[number]
+        number += 1
+
+
+def test_whoever_puts_back_may_be_killed_too(tmp_path: Path) -> None:
+    lives = 0
+    while True:
+        qemu = killed_in(tmp_path, "pre-switchover")
+        try:
+            prelude.recover(Worker(qemu, lives), str(tmp_path))
+            break
+        except Killed:
+            lives += 1
+        prelude.recover(qemu, str(tmp_path))
+        (tmp_path / "prelude.sock").unlink()
+        assert as_before(qemu, tmp_path)
+    assert lives > 5
+
+
+def killed_in(directory: Path, status: str) -> Qemu:
+    for number in range(30):
+        qemu = killed_at(directory, number)
+        assert qemu is not None
+        if qemu.status == status:
+            return qemu
+        prelude.recover(qemu, str(directory))
+    raise AssertionError(status)
+
+
+def test_the_file_is_there_before_anything_changes_and_for_root_alone(tmp_path: Path) -> None:
+    qemu = Qemu(until_devices())
+    real = qemu.migrate_set_capabilities
+    modes: list[int] = []
+
+    def look(capabilities: list[dict[str, Any]]) -> None:
+        modes.append((tmp_path / prelude.FILE).stat().st_mode & 0o777)
+        real(capabilities)
+
+    qemu.migrate_set_capabilities = look  # type: ignore[method-assign]
+    prelude.take(qemu, LAYOUT, str(tmp_path), 5.0)
+    assert modes == [0o600, 0o600]
+
+
+@pytest.mark.parametrize("status", ["setup", "active", "pre-switchover", "device", "completed"])
+def test_a_migration_of_somebody_elses_is_not_touched(tmp_path: Path, status: str) -> None:
+    qemu = Qemu(b"")
+    qemu.status = status
+    prelude.recover(qemu, str(tmp_path))
+    assert qemu.commands == []
+
+
+def test_a_file_of_an_earlier_qemu_ends_no_migration_of_this_one(tmp_path: Path) -> None:
+    killed_in(tmp_path, "pre-switchover")
+    qemu = Qemu(b"")
+    qemu.status = "active"
+    prelude.recover(qemu, str(tmp_path))
+    assert qemu.status == "active"
+    assert not (tmp_path / prelude.FILE).exists()
+    assert not {name for name in qemu.commands if not name.startswith("query-")}
+
+
+def test_a_guest_that_an_operator_has_paused_meanwhile_stays_paused(tmp_path: Path) -> None:
+    qemu = killed_in(tmp_path, "cancelled")
+    qemu.running = False
+    prelude.recover(qemu, str(tmp_path))
+    assert not qemu.running
+    assert qemu.capabilities == CAPABILITIES
+
+
+def test_a_guest_that_is_held_by_a_migration_that_is_over_is_let_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prelude, "_END_S", 0.05)
+    qemu = killed_in(tmp_path, "pre-switchover")
+    qemu.status = "failed"
+    prelude.recover(qemu, str(tmp_path))
+    (tmp_path / "prelude.sock").unlink()
+    assert as_before(qemu, tmp_path)
+
+
+def test_a_migration_that_does_not_end_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prelude, "_END_S", 0.05)
+    qemu = killed_in(tmp_path, "pre-switchover")
+    qemu.fail_on = "migrate_cancel"
+    with pytest.raises(exception.GuestError, match="stays in state 'pre-switchover'"):
+        prelude.recover(qemu, str(tmp_path))
+    qemu.fail_on = ""
+    prelude.recover(qemu, str(tmp_path))
+    (tmp_path / "prelude.sock").unlink()
+    assert as_before(qemu, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"running": 1, "capabilities": {}, "parameters": {}}',
+        '{"running": true, "capabilities": {"xbzrle": 1}, "parameters": {}}',
+        '{"running": true, "capabilities": {}, "parameters": {"downtime-limit": "300"}}',
+        '{"running": true, "capabilities": {}, "parameters": {"tls-creds": 1}}',
+        '{"running": true, "capabilities": [], "parameters": {}}',
+        '{"running": true, "capabilities": {}, "parameters": []}',
+    ],
+)
+def test_a_file_that_is_not_understood_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / prelude.FILE).write_text(text)
+    qemu = Qemu(b"")
+    qemu.capabilities["x-ignore-shared"] = True
+    with pytest.raises(exception.GuestError, match=r"prelude\.json"):
+        prelude.recover(qemu, str(tmp_path))
+    assert qemu.commands == ["query-migrate-capabilities"]
+    qemu.capabilities["x-ignore-shared"] = False
+    prelude.recover(qemu, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_link_is_followed_and_nobody_waits_for_a_pipe(tmp_path: Path) -> None:
+    """QEMU's user may write in that directory."""
+    elsewhere = tmp_path / "elsewhere"
+    guest = tmp_path / "guest"
+    guest.mkdir()
+    (guest / (prelude.FILE + ".new")).symlink_to(elsewhere)
+    prelude.take(Qemu(until_devices()), LAYOUT, str(guest), 5.0)
+    assert list(guest.iterdir()) == []
+    assert not elsewhere.exists()
+    elsewhere.write_text(json.dumps({"running": True, "capabilities": {}, "parameters": {}}))
+    qemu = Qemu(b"")
+    qemu.capabilities["x-ignore-shared"] = True
+    (guest / prelude.FILE).symlink_to(elsewhere)
+    with pytest.raises(exception.GuestError):
+        prelude.recover(qemu, str(guest))
+    (guest / prelude.FILE).unlink()
+    os.mkfifo(guest / prelude.FILE)
+    with pytest.raises(exception.GuestError, match="no file"):
+        prelude.recover(qemu, str(guest))
 
 
 # -- can it be done? --------------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_a_log_is_written_behind_its_commit_and_its_answer(standby: FakeStandby)
     feed(standby, stream)
     assert standby.images.writes == writes
     seen: list[tuple[int, int]] = []
-    standby.receiver._acknowledge = lambda epoch: seen.append((epoch, standby.images.writes))
+    standby.receiver._acknowledge = lambda epoch, _: seen.append((epoch, standby.images.writes))
     standby.feed(stream.commit().frames[-1])
     assert seen == [(2, writes)]
     assert standby.images.data[0][2 * SECTOR : 5 * SECTOR] == (

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import random
+import selectors
 import socket
 import struct
 import threading
@@ -27,7 +28,7 @@ import pytest
 
 from nova_pmt import exception
 from nova_pmt.replication import tls
-from nova_pmt.replication.link import SEND_BYTES, TURN_BYTES, RawFrame
+from nova_pmt.replication.link import SEND_BYTES, TURN_BYTES, Link, RawFrame
 from nova_pmt.replication.protocol import Header, Type, pack_json
 from tests.unit.fakes.sockets import End, Payload, both, secure_pair, tcp_pair, turn_until
 
@@ -161,13 +162,14 @@ def test_a_stream_without_end_leaves_others_their_turn(ends: tuple[End, End]) ->
         stop.set()
         while thread.is_alive():
             standby.turn(0.01)
-    # and the writer: with a reader that keeps up it still returns
+    # and the writer: with a reader that keeps up it still returns. (A turn of the loop may have
+    # two events for it: woken up by send(), and the socket.)
     queued = 12
     for _ in range(queued):
         primary.link.send(Payload(bytes(1 << 20)))
     before = primary.link.sent_bytes
     primary.turn(0.1)
-    assert primary.link.sent_bytes - before <= TURN_BYTES + SEND_BYTES
+    assert primary.link.sent_bytes - before <= 2 * (TURN_BYTES + SEND_BYTES)
 
 
 def test_what_tls_has_decrypted_is_read_though_the_socket_is_empty(
@@ -277,6 +279,63 @@ def test_who_was_slow_himself_does_not_blame_the_peer(plain: tuple[End, End, Clo
     primary.link.tick()
 
 
+def test_a_strict_side_that_stood_still_counts_the_peer_as_lost() -> None:
+    """What the peer had said before lies in the socket, and is not read any more."""
+    clock = Clock()
+    client, server = socket.socketpair()
+    primary = End(client, "two", heartbeat_s=0.1, timeout_s=0.5, strict=True, clock=clock)
+    standby = End(server, "one", heartbeat_s=0.1, timeout_s=0.5, clock=clock)
+    primary.link.tick()
+    standby.link.send(Payload(b"committed"))
+    standby.turn()
+    assert not primary.link.stood_still
+    clock.now += 0.51
+    assert primary.link.stood_still, "also for a thread that is awake before the I/O thread"
+    with pytest.raises(exception.PeerLost, match="stood still for 510 ms"):
+        primary.turn()
+    assert not primary.frames
+    assert primary.link.stood_still
+    with pytest.raises(exception.PeerLost):
+        primary.link.tick()
+    primary.close()
+    standby.close()
+
+
+def test_a_strict_side_knows_that_it_may_have_been_given_up() -> None:
+    """Silences are usual, so the peer is not lost yet; but its own measure may be another."""
+    clock = Clock()
+    client, server = socket.socketpair()
+    primary = End(client, "two", heartbeat_s=0.1, timeout_s=0.5, strict=True, clock=clock)
+    assert not primary.link.overdue
+    clock.now += 0.51
+    assert primary.link.overdue
+    primary.link.last_received = clock.now
+    assert not primary.link.overdue
+    primary.close()
+    server.close()
+
+
+def test_until_it_is_in_earnest_nobody_is_lost_for_being_slow() -> None:
+    """The first synchronisation on a busy host: no standby could go on, so there is time."""
+    clock = Clock()
+    client, server = socket.socketpair()
+    options = {"heartbeat_s": 0.1, "timeout_s": 0.5, "clock": clock, "earnest": False}
+    primary, standby = End(client, "two", strict=True, **options), End(server, "one", **options)
+    clock.now += 1.9
+    assert not primary.link.stood_still
+    primary.link.tick()  # its heartbeat is queued, and not sent
+    standby.link.tick()
+    clock.now += 0.2
+    with pytest.raises(exception.PeerLost, match="silent for 2100 ms"):
+        standby.link.tick()
+    primary.link.in_earnest()
+    assert not primary.link.stood_still, "whoever says so is awake"
+    clock.now += 0.51
+    assert primary.link.stood_still
+    primary.close()
+    standby.close()
+
+
 def test_the_loop_is_called_in_time_for_both(plain: tuple[End, End, Clock]) -> None:
     primary, _, clock = plain
     clock.now += 0.48
@@ -378,6 +437,43 @@ def test_closing_while_another_thread_sends_harms_nobody() -> None:
         thread.join()
         second.close()
     assert errors == []
+
+
+def test_closing_while_another_thread_registers_harms_nobody() -> None:
+    """The I/O thread finds the peer silent just as the main thread has the link take part."""
+    errors: list[BaseException] = []
+    for _ in range(300):
+        first, second = socket.socketpair()
+        link = Link(first, End.__new__(End), peer="two", heartbeat_s=1.0, timeout_s=1.0)
+        selector = selectors.DefaultSelector()
+        begin = threading.Barrier(2)
+
+        def register(link: Link = link, loop: Any = selector, begin: Any = begin) -> None:
+            begin.wait()
+            try:
+                link.register(loop)
+            except BaseException as error:  # noqa: BLE001  it is the result
+                errors.append(error)
+
+        thread = threading.Thread(target=register)
+        thread.start()
+        begin.wait()
+        link.close()
+        thread.join()
+        assert len(selector.get_map()) == 0
+        selector.close()
+        second.close()
+    assert errors == []
+
+
+def test_a_closed_link_takes_no_part_any_more() -> None:
+    first, second = socket.socketpair()
+    link = Link(first, End.__new__(End), peer="two", heartbeat_s=1.0, timeout_s=1.0)
+    link.close()
+    with selectors.DefaultSelector() as selector:
+        link.register(selector)
+        assert len(selector.get_map()) == 0
+    second.close()
 
 
 def test_selector_holds_nothing_of_a_closed_link() -> None:

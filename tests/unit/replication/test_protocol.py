@@ -300,7 +300,7 @@ def test_the_right_primary_is_welcome() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"protocol": 1}, {"protocol": 3}, {"protocol": None}, {"page_size": 16384}, {"pair": "x"}],
+    [{"protocol": 2}, {"protocol": 4}, {"protocol": None}, {"page_size": 16384}, {"pair": "x"}],
 )
 def test_another_version_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(exception.ProtocolMismatch) as caught:

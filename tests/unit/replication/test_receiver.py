@@ -306,7 +306,7 @@ def test_a_commit_whose_answer_cannot_be_sent_is_applied_all_the_same() -> None:
         while link.step():
             pass
 
-    def fail(_epoch: int) -> None:
+    def fail(_epoch: int, _receipt: int) -> None:
         raise exception.PeerLost("connection reset")
 
     checkpoint(1)
@@ -315,3 +315,43 @@ def test_a_commit_whose_answer_cannot_be_sent_is_applied_all_the_same() -> None:
         checkpoint(2)
     assert standby.receiver.committed == 2
     assert (standby.image.contents()[:3] == 2).all()
+
+
+# -- what a standby says that it has ----------------------------------------------------
+
+
+def exchange() -> tuple[Sender, FakeStandby]:
+    """Two checkpoints, sent and committed, as the sender and the standby know them."""
+    standby = FakeStandby(two_blocks(40, 4), 8 << 20)
+    link = FakeLink(standby.feed)
+    sender = Sender(link, 40)  # type: ignore[arg-type]
+    for epoch in (1, 2):
+        sender.send_pages(epoch, np.arange(3), np.full((3, 4096), epoch, np.uint8), None)
+        sender.send_commit(epoch, device_state(epoch))
+        while link.step():
+            pass
+    return sender, standby
+
+
+def test_an_honest_standby_is_believed() -> None:
+    sender, standby = exchange()
+    assert standby.acknowledged == [1, 2]
+    assert len(set(standby.receipts)) == 2
+    for epoch, receipt in zip(standby.acknowledged, standby.receipts, strict=True):
+        sender.received(epoch, receipt)
+
+
+def test_a_standby_that_lies_about_its_checksum_is_found_out() -> None:
+    """It answers without having looked, for another checkpoint, twice, or before it was sent."""
+    sender, standby = exchange()
+    one, two = standby.receipts
+    with pytest.raises(exception.PeerError, match="another checksum"):
+        sender.received(1, 0)
+    with pytest.raises(exception.PeerError, match="another checksum"):
+        sender.received(2, one)
+    sender, standby = exchange()
+    sender.received(1, one)
+    with pytest.raises(exception.PeerError, match="not sent, or twice"):
+        sender.received(1, one)
+    with pytest.raises(exception.PeerError, match="not sent, or twice"):
+        sender.received(3, two)

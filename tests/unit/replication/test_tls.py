@@ -14,8 +14,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +207,33 @@ def test_a_broken_connection_is_a_lost_peer_and_not_a_bad_certificate() -> None:
     assert type(error) is exception.PeerLost
     assert "bad record mac" in error.message and "changed on its way" in error.cure
     assert "reset" in tls.broken(ConnectionResetError("reset"), "two").message
+
+
+def _tap(source: socket.socket, target: socket.socket, heard: bytearray) -> None:
+    """Pass on, and keep, what comes from one side."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            heard += data
+            target.sendall(data)
+
+
+def test_a_handshake_that_was_recorded_is_of_no_use_again(hosts: dict[str, Any]) -> None:
+    """Whoever sits between the hosts hears all that a primary says, and says it to a standby."""
+    client, near = tcp_pair()
+    far, server = tcp_pair()
+    heard, ignored = bytearray(), bytearray()
+    for ways in ((near, far, heard), (far, near, ignored)):
+        threading.Thread(target=_tap, args=ways, daemon=True).start()
+    primary, standby = both(
+        lambda: tls.connect(hosts["one"], client, "two"),
+        lambda: tls.accept(hosts["two"], server, "one"),
+    )
+    primary.sendall(pack_json(Type.HELLO, {"pair": "of the generation that is over"}))
+    assert read_frame(standby)[0].type is Type.HELLO
+    for sock in (primary, standby, near, far):
+        sock.close()
+    attacker, server = tcp_pair()
+    attacker.sendall(heard)
+    with attacker, server, pytest.raises(exception.PeerError) as caught:
+        tls.accept(hosts["two"], server, "one")
+    assert type(caught.value) in (exception.CertificateError, exception.PeerLost)

@@ -585,7 +585,7 @@ def test_a_daemon_that_dies_is_an_error_at_once(host: Host) -> None:
         ):
             with pytest.raises(exception.DiskImageError):
                 use()
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 10
     assert host.disks(specs).kept is None
     with host.disks(specs) as disks:
         disks.create()
@@ -764,7 +764,7 @@ def test_the_waiting_qemu_finds_what_was_written(host: Host, tmp_path: Path, aga
                 disks.apply(index, [write(at, bytes([value]) * length)])
         start = time.monotonic()
         disks.release()
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10
         source = stack.enter_context(waiting_qemu(tmp_path / "b", sources))
         waiting.execute("migrate-incoming", uri=channel)
         source.execute("migrate", uri=channel)
