@@ -1,0 +1,81 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+
+"""The XML of a server that is protected, or may be some day; of no other.
+
+Three things make its pauses short, and let its packets be held: memory that can be read from
+outside, a second monitor, and no vhost where the kernel cannot hold what vhost sends.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+from nova_pmt.standby.domainxml import QEMU_NS, monitor_path
+
+#: In ``[guest] runtime_directory``; as :data:`nova_pmt.guest.domain.QMP_DIRECTORY`, which takes
+#: libvirt with it.
+QMP_DIRECTORY = "qmp"
+
+
+def prepared(xml: str, uuid: str, *, qmp_directory: str | None, vhost: bool) -> str:
+    """The XML with what protection needs; nothing else changes.
+
+    :param xml: as Nova has made it.
+    :param qmp_directory: where second monitors listen; None: there is no such directory, and a
+        guest with a monitor there could not start.
+    :param vhost: the kernel can hold what NICs with vhost send.
+    """
+    root = ET.fromstring(xml)
+    _share_memory(root)
+    if not vhost:
+        _without_vhost(root)
+    if qmp_directory is not None:
+        _second_monitor(root, monitor_path(qmp_directory, uuid))
+    return ET.tostring(root, encoding="unicode")
+
+
+def _share_memory(root: ET.Element) -> None:
+    backing = root.find("memoryBacking")
+    if backing is None:
+        backing = ET.Element("memoryBacking")
+        place = root.find("currentMemory")
+        if place is None:
+            place = root.find("memory")
+        root.insert(0 if place is None else list(root).index(place) + 1, backing)
+    # libvirt's file-backed memory ([libvirt] file_backed_memory) can be read from outside as it is.
+    if backing.find("source") is None:
+        ET.SubElement(backing, "source", {"type": "memfd"})
+    access = backing.find("access")
+    if access is None:
+        access = ET.SubElement(backing, "access")
+    access.set("mode", "shared")
+
+
+def _without_vhost(root: ET.Element) -> None:
+    for interface in root.iterfind("devices/interface"):
+        model = interface.find("model")
+        if model is None or model.get("type") != "virtio":
+            continue
+        driver = interface.find("driver")
+        if driver is None:
+            driver = ET.SubElement(interface, "driver")
+        driver.set("name", "qemu")
+
+
+def _second_monitor(root: ET.Element, path: str) -> None:
+    commandline = root.find(f"{{{QEMU_NS}}}commandline")
+    if commandline is None:
+        commandline = ET.SubElement(root, f"{{{QEMU_NS}}}commandline")
+    for value in ("-qmp", f"unix:{path},server=on,wait=off"):
+        ET.SubElement(commandline, f"{{{QEMU_NS}}}arg", {"value": value})

@@ -1,0 +1,117 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""A protected server, and what is to be true of one."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from nova_pmt.exception import LabError
+from nova_pmt.lab import LabGuest
+
+if TYPE_CHECKING:
+    from nova_pmt.lab.openstack import Cloud
+
+#: For one step of an operation, in seconds.
+STEP_S = 600.0
+
+
+class Protected:
+    """A server with the property ``ft=pmt``."""
+
+    def __init__(self, cloud: Cloud, uuid: str) -> None:
+        self.cloud = cloud
+        self.uuid = uuid
+
+    @classmethod
+    def create(cls, cloud: Cloud, name: str, **options: Any) -> Protected:
+        """A new one; returns when it is protected and answers."""
+        options.setdefault("metadata", {"ft": "pmt"})
+        created = cloud.create(name, "ft-allowed", **options)
+        found = cls(cloud, str(created.id))
+        cloud.wait_server(found.uuid, timeout=STEP_S)
+        found.guest().wait_ready(STEP_S)
+        found.wait_protected()
+        return found
+
+    def guest(self) -> LabGuest:
+        """What runs in it, where it runs now."""
+        return self.cloud.guest(self.cloud.server(self.uuid))
+
+    def act(self, action: str, *arguments: Any, **options: Any) -> Any:
+        """One of openstacksdk's calls with a server, as its owner."""
+        return getattr(self.cloud.demo.compute, action)(self.uuid, *arguments, **options)
+
+    def wait(self, status: str = "ACTIVE", host: str | None = None) -> Any:
+        """Until it has a status."""
+        return self.cloud.wait_server(self.uuid, status, host, STEP_S)
+
+    def wait_protected(self) -> None:
+        """Until it is ACTIVE, answers, and has a standby that its host sends checkpoints to."""
+        self.wait()
+        self.cloud.pmt.wait_protected(self.uuid, timeout=STEP_S)
+        self.guest().wait_ready(STEP_S)
+
+    def generation(self) -> int:
+        """Changes with each new protection."""
+        pair = self.cloud.pmt.pair(self.uuid)
+        return pair.generation if pair else 0
+
+    def wait_protected_anew(self, before: int) -> None:
+        """As :meth:`wait_protected`, of a protection that began after generation ``before``."""
+        self.cloud.pmt.wait_pair(
+            self.uuid,
+            lambda pair: pair.state == "protected" and pair.generation > before,
+            "protected anew",
+            STEP_S,
+        )
+        self.wait_protected()
+
+    def wait_unprotected(self) -> None:
+        """Until it has no standby."""
+        self.cloud.pmt.wait_pair(
+            self.uuid, lambda pair: pair.state == "unprotected", "unprotected", STEP_S
+        )
+
+    def standbys(self) -> list[Any]:
+        """Its standby servers in Nova."""
+        servers = self.cloud.admin.compute.servers(all_projects=True)
+        return [s for s in servers if s.metadata.get("pmt:protects") == self.uuid]
+
+    def domains(self) -> dict[str, str]:
+        """Hosts with a domain of it, and its state: ``running``, ``paused``, ..."""
+        found = {}
+        for host in self.cloud.lab.computes:
+            done = host.run(["virsh", "domstate", self.uuid], check=False)
+            if done.returncode == 0:
+                found[host.name] = done.stdout.strip()
+        return found
+
+    def sound(self) -> bool:
+        """It is protected now."""
+        with contextlib.suppress(Exception):
+            pair = self.cloud.pmt.pair(self.uuid)
+            server = self.cloud.server(self.uuid)
+            return (
+                pair is not None
+                and pair.state == "protected"
+                and server.status == "ACTIVE"
+                and not server.task_state
+            )
+        return False
+
+    def remove(self) -> None:
+        """Delete it, whatever state it is in."""
+        with contextlib.suppress(LabError):
+            self.cloud.admin.compute.delete_server(self.uuid, force=True)
+            self.cloud.wait_gone(self.uuid, STEP_S)

@@ -1,0 +1,29 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from nova_pmt.manager.db import migration
+from nova_pmt.manager.db.engine import Engine
+from tests.unit.manager.connect import connect
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = connect("sqlite://")  # in memory, and in this thread alone
+    made.ask(migration.upgrade)
+    yield made
+    made.close()
