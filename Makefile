@@ -10,10 +10,11 @@ OPENSTACK_DEMO_ARGS ?=
 TRIALS ?= 500
 SEED ?=
 CAMPAIGN_ARGS ?=
+EVAL_ARGS ?=
 BENCH_ARGS ?= --memory 128,4096 --dirty 1000,5000,20000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo openstack-setup openstack-demo openstack-test test unit bench campaign campaign-output lint genconfig docs clean distclean
+.PHONY: help setup demo openstack-setup openstack-demo openstack-test test unit bench eval campaign campaign-output lint genconfig docs clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,10 @@ unit: setup ## The unit tests alone, within seconds
 bench: setup ## Measure pauses against their floor; writes build/bench/pause.json
 	@mkdir -p build/bench
 	$(BIN)/nova-pmt-bench pause $(BENCH_ARGS) --json build/bench/pause.json
+
+eval: setup ## PMT, Kemari and auto compared (an hour; EVAL_ARGS=--quick); writes build/eval/
+	@mkdir -p build/eval
+	$(BIN)/nova-pmt-eval run $(EVAL_ARGS)
 
 campaign: setup ## All kinds of faults under requests: TRIALS=500 SEED=n; writes build/campaign/
 	@mkdir -p build/campaign

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 VARIABLE = "NOVA_PMT_UNSAFE"
@@ -56,6 +57,13 @@ class ReleasedAtOnce:
 
     def release(self, epoch: int) -> float | None:
         return None
+
+    def watch(self, on_output: Callable[[], None]) -> None:
+        self._buffer.watch(on_output)
+
+    @property
+    def waiting_since(self) -> float:
+        return float(self._buffer.waiting_since)
 
     @property
     def pressure(self) -> float:

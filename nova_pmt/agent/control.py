@@ -95,7 +95,7 @@ class PrimarySpec:
     :param address: where its standby worker listens.
     :param strategy: plug-in name in ``nova_pmt.strategies``.
     :param options: overrides of the configuration for this pair: ``interval_ms``,
-        ``max_pause_ms``, ``cache_limit_mib``, ``passes``.
+        ``epoch_limit_ms``, ``max_pause_ms``, ``cache_limit_mib``, ``passes``.
     """
 
     pair: Pair

@@ -40,6 +40,7 @@ MAX_GENERATION = 1 << 53
 #: Option: (type, least, greatest). The bounds of [checkpoint] hold here too.
 OPTION_BOUNDS: dict[str, tuple[type, float, float]] = {
     "interval_ms": (int, 5, 10_000),
+    "epoch_limit_ms": (int, 50, 60_000),
     "max_pause_ms": (float, 0, 10_000),
     "cache_limit_mib": (int, 8, 1 << 20),
     "passes": (int, 0, 8),

@@ -189,6 +189,7 @@ def protect(
     standby: LabHost,
     *,
     interval_ms: float,
+    strategy: str = "pmt",
     primary_env: Mapping[str, str] | None = None,
 ) -> Iterator[Protection]:
     """Protect a guest until the end of the block; hosts are configured (lab.deployment).
@@ -205,7 +206,7 @@ def protect(
         stack.callback(waiting.worker.stop, END_S)
         ready = waiting.wait("ready", None, READY_S)
         spec = control.PrimarySpec(
-            pair, ready["address"], ready["port"], options={"interval_ms": interval_ms}
+            pair, ready["address"], ready["port"], strategy, {"interval_ms": interval_ms}
         )
         running = _Side(guest.host, spec, primary_env)
         stack.callback(running.worker.stop, END_S)

@@ -83,6 +83,13 @@ class OutputBuffer(Protocol):
         :returns: seconds for which the oldest of it was held; None when there was none.
         """
 
+    def watch(self, on_output: Callable[[], None]) -> None:
+        """Have ``on_output`` called, from any thread, with the first output after each cut."""
+
+    @property
+    def waiting_since(self) -> float:
+        """``time.perf_counter`` when the first output since the last cut came; 0: none did."""
+
     @property
     def pressure(self) -> float:
         """How full it is, 0 to 1."""

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -79,6 +80,8 @@ class Loop:
         if arm is not None:
             self.checkpointer.arm(arm())
             faultpoint.reach("sync.armed")
+        if self.strategy.output_wait_s is not None:
+            self.checkpointer.watch(logs=self.strategy.disks_are_output)
         self._round()
         with self.checkpointer.waiting() as wait:
             while not self.checkpointer.committed:
@@ -92,19 +95,41 @@ class Loop:
         """
         last = self._clock()
         while not self._ending:
-            self._wait_until(last + self.strategy.interval_s - self._passes_s)
+            for_output = self._await_round(last)
             if not self._ending and self._may_run():
+                self.checkpointer.statistics.output_rounds += for_output
                 last = self._round()
 
-    def _wait_until(self, due: float) -> None:
+    def _await_round(self, last: float) -> bool:
+        """Wait until a round is due; whether for output.
+
+        :param last: when the last pause began.
+        """
         checkpointer = self.checkpointer
-        while not self._ending and (left := due - self._clock()) > 0:
-            if checkpointer.has_outputs:
-                if checkpointer.pressure() >= EARLY_PRESSURE:
-                    break
-                left = min(left, PRESSURE_POLL_S)
-            checkpointer.pump(left)
+        while not self._ending and self._left(last) > 0:
+            if not checkpointer.has_outputs:
+                checkpointer.pump(self._left(last))
+                continue
+            if checkpointer.pressure() >= EARLY_PRESSURE:
+                break
+            # Looking at buffers that cannot tell by themselves has shown what they hold.
+            if (left := self._left(last)) > 0:
+                checkpointer.pump(min(left, PRESSURE_POLL_S))
+        for_output = self._output_due() - self._passes_s <= self._clock()
         self._hold_back()
+        return for_output
+
+    def _left(self, last: float) -> float:
+        """Seconds until the round's passes are to begin; the strategy may change its mind."""
+        due = min(last + self.strategy.interval_s, self._output_due())
+        return due - self._passes_s - self._clock()
+
+    def _output_due(self) -> float:
+        """When output wants a pause to begin; infinite where it does not."""
+        wait = self.strategy.output_wait_s
+        if wait is not None and (since := self.checkpointer.output_since()):
+            return since + max(wait, self._passes_s)
+        return math.inf
 
     def _hold_back(self) -> None:
         """``throttle``: too much is in flight, or the cache is at its limit."""
@@ -142,17 +167,24 @@ class Loop:
         checkpointer.prepare()
         start = self._clock()
         self._passes_s += 0.2 * (start - begin - self._passes_s)
+        if self.strategy.synchronous:
+            start = checkpointer.capture_and_commit()
+            self._collect()
+            return start
         while (checkpoint := checkpointer.capture()) is None:
             # More than the cache can hold. Passes would only send more of it twice.
             checkpointer.drain()
             checkpointer.prepare()
             start = self._clock()
         checkpointer.transfer(checkpoint)
+        self._collect()
+        return start
+
+    def _collect(self) -> None:
         self._since_collect += 1
         if self._since_collect >= COLLECT_EVERY:
             self._since_collect = 0
             gc.collect(0)
-        return start
 
     def final_round(self, timeout_s: float) -> None:
         """The zero-loss round of a planned switchover: the guest stays paused.

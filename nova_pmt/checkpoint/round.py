@@ -71,6 +71,10 @@ SYNC_MAX_PASSES = 30
 _NO_PAGES: PageNumbers = np.zeros(0, np.int64)
 
 
+def _look_up() -> None:
+    """Posted only to end a wait."""
+
+
 @dataclass(frozen=True)
 class Times:
     """Clock readings of one pause, in seconds of ``time.perf_counter``."""
@@ -85,7 +89,12 @@ class Times:
 
 @dataclass
 class InFlight:
-    """A checkpoint that is on its way."""
+    """A checkpoint that is on its way.
+
+    :param paused: its guest stays paused until it is committed.
+    :param committed_at: reading of the clock.
+    :param held_s: for how long the epoch's oldest output was held.
+    """
 
     epoch: int
     slabs: list[int]
@@ -94,6 +103,9 @@ class InFlight:
     times: Times
     device_bytes: int
     log_bytes: int = 0
+    paused: bool = False
+    committed_at: float = 0.0
+    held_s: float = 0.0
 
 
 class Checkpointer:
@@ -136,6 +148,9 @@ class Checkpointer:
         self._pause_pages_peak = 0.0
         self._deferrals = 0
         self._standing = False
+        self._watched: tuple[OutputBuffer, ...] = ()
+        #: The guest stands still until the standby has the checkpoint under way. Any thread.
+        self.standing = False
         self.statistics = Statistics()
         self.committed = 0
         self.throttled = False
@@ -186,35 +201,44 @@ class Checkpointer:
             raise exception.PeerError(
                 f"standby committed checkpoint {epoch}, but {self.committed + 1} is next"
             )
-        held = 0.0
         faultpoint.reach("round.releasing")
         for output in self._outputs:
-            held = max(held, output.release(epoch) or 0.0)
+            flying.held_s = max(flying.held_s, output.release(epoch) or 0.0)
         self.committed = epoch
         needed = len(flying.slabs) + sum(len(other.slabs) for other in self._flying.values())
         self.cache.give_back(flying.slabs)
         self.cache.adapt(needed + len(self._open.slabs))
+        flying.committed_at = self._clock()
+        if not flying.paused:
+            self._record(flying, flying.times.resumed)
+        faultpoint.reach("round.committed")
+
+    def _record(self, flying: InFlight, resumed: float) -> None:
+        """A round is over: its checkpoint is committed, and its guest runs."""
         times = flying.times
+        # The end of the save; where the guest stays paused, the pause goes on from there.
+        captured = times.resumed
+        waited = max(0.0, flying.committed_at - captured) if flying.paused else 0.0
         record = RoundRecord(
-            epoch=epoch,
+            epoch=flying.epoch,
             started_s=times.start,
-            pause_us=(times.resumed - times.start) * 1e6,
+            pause_us=(resumed - times.start) * 1e6,
             stop_us=(times.stopped - times.start) * 1e6,
             scan_us=(times.scanned - times.stopped) * 1e6,
             copy_us=(times.copied - times.scanned) * 1e6,
             save_us=(times.saved - times.copied) * 1e6,
-            cont_us=(times.resumed - times.saved) * 1e6,
+            wait_us=waited * 1e6,
+            cont_us=(resumed - times.saved - waited) * 1e6,
             pages=flying.pages,
             pause_pages=flying.pause_pages,
-            commit_us=(self._clock() - times.resumed) * 1e6,
+            commit_us=(flying.committed_at - captured) * 1e6,
             device_bytes=flying.device_bytes,
             log_bytes=flying.log_bytes,
-            output_us=held * 1e6,
+            output_us=flying.held_s * 1e6,
         )
         self.statistics.add(record)
         if self._on_round is not None:
             self._on_round(record)
-        faultpoint.reach("round.committed")
 
     # -- output -------------------------------------------------------------------------
 
@@ -242,6 +266,22 @@ class Checkpointer:
                 )
             highest = max(highest, output.pressure)
         return highest
+
+    def watch(self, *, logs: bool) -> None:
+        """From now on output ends a :meth:`pump`, and :meth:`output_since` tells of it.
+
+        :param logs: writes to the disks are output, too.
+        :raises nova_pmt.exception.GuestError: it cannot be told.
+        """
+        hidden = () if logs else tuple(self._logs.values())
+        self._watched = tuple(output for output in self._outputs if output not in hidden)
+        for output in self._watched:
+            output.watch(lambda: self.post(_look_up))
+
+    def output_since(self) -> float:
+        """When the first output since the last pause came that is watched; 0: none did."""
+        times = [since for output in self._watched if (since := output.waiting_since)]
+        return min(times, default=0.0)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[Callable[[float], None]]:
@@ -555,7 +595,8 @@ class Checkpointer:
                 self._sink.go_on()
             raise
         self._sink.go_on()
-        faultpoint.reach("round.resumed")
+        if resume:
+            faultpoint.reach("round.resumed")
         pause_pages = len(pages)
         self._pause_pages_peak = max(float(pause_pages), self._pause_pages_peak * 0.9)
         if not complete:
@@ -582,6 +623,40 @@ class Checkpointer:
         finally:
             self._standing = False
         self._sink.hold()
+
+    def capture_and_commit(self) -> float:
+        """A pause that lasts until the standby has committed (Kemari): capture, transfer, commit.
+
+        What is said elsewhere of a pause (nothing is sent, read or handled in it) holds up to the
+        end of the save.
+
+        :returns: when it began.
+        :raises nova_pmt.exception.PmtError: whatever was posted as a failure, or went wrong with
+            the guest. The guest runs on.
+        """
+        checkpoint: InFlight | None = None
+        self.standing = True
+        try:
+            checkpoint = self.capture(resume=False)
+            assert checkpoint is not None  # left paused, it waits until there is room
+            checkpoint.paused = True
+            self.transfer(checkpoint)
+            while self._flying:
+                self.pump(1.0)
+        except BaseException:
+            with contextlib.suppress(exception.GuestError):
+                self._let_run()
+            if checkpoint is not None:
+                if checkpoint.committed_at:
+                    self._record(checkpoint, self._clock())
+                checkpoint.paused = False  # if it is committed yet it counts as any other
+            raise
+        finally:
+            self.standing = False
+        self._let_run()
+        faultpoint.reach("round.resumed")
+        self._record(checkpoint, self._clock())
+        return checkpoint.times.start
 
     def transfer(self, checkpoint: InFlight) -> None:
         """Hand a captured checkpoint to the sink; returns at once. The next epoch begins."""

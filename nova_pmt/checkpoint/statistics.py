@@ -44,10 +44,12 @@ class RoundRecord:
     :param scan_us: scanning memory, while QEMU saves the devices.
     :param copy_us: copying what the pre-copy passes left.
     :param save_us: waiting, after that, until the devices are saved.
+    :param wait_us: waiting, after that, for the standby's commit: 0 where the guest runs meanwhile.
     :param cont_us: until the guest runs again.
     :param pages: pages of the checkpoint.
     :param pause_pages: pages that were copied in the pause.
-    :param commit_us: from the end of the pause until the standby said "committed".
+    :param commit_us: until the standby said "committed", from the end of the pause, or from the
+        end of the save where the pause lasts until then.
     :param device_bytes: size of the device state.
     :param log_bytes: size of the disks' write logs.
     :param output_us: for how long the epoch's oldest output was held; 0 when there was none.
@@ -67,6 +69,7 @@ class RoundRecord:
     device_bytes: int
     log_bytes: int = 0
     output_us: float = 0.0
+    wait_us: float = 0.0
 
 
 _COLUMNS = {field.name: index for index, field in enumerate(fields(RoundRecord))}
@@ -118,6 +121,7 @@ class Statistics:
         self.rounds = 0
         self.deferred = 0
         self.throttled_rounds = 0
+        self.output_rounds = 0
         self.pages_total = 0
         self.log_bytes_total = 0
         self._last: RoundRecord | None = None
@@ -156,10 +160,12 @@ class Statistics:
             "rounds": self.rounds,
             "deferred": self.deferred,
             "throttled_rounds": self.throttled_rounds,
+            # rounds that began because there was output
+            "output_rounds": self.output_rounds,
             "pause_ms": pause,
             "pause_steps_ms": {
                 name: percentiles(self.column(f"{name}_us"), 1e-3)["p50"]
-                for name in ("stop", "scan", "copy", "save", "cont")
+                for name in ("stop", "scan", "copy", "save", "wait", "cont")
             },
             "pages": {
                 "p50": float(np.percentile(pages, 50)) if len(pages) else 0.0,

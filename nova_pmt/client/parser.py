@@ -188,9 +188,14 @@ def _protect(parser: argparse.ArgumentParser) -> None:
         "--standby", type=_checked(inputs.host), metavar="HOST", required=True,
         help="host that is to hold the standby",
     )  # fmt: skip
-    parser.add_argument("--strategy", help="when a round starts; default: [checkpoint] strategy")
+    parser.add_argument(
+        "--strategy",
+        help="pmt, kemari or auto: when a round starts, and whether the guest waits for the "
+        "standby; default: [checkpoint] strategy",
+    )
     for flag, kind, text in (
         ("--interval-ms", int, "time between two pauses"),
+        ("--epoch-limit-ms", int, "kemari, auto: longest time between two pauses"),
         ("--max-pause-ms", float, "wanted length of the pause; adapts the interval"),
         ("--cache-limit-mib", int, "hard limit of the cache"),
         ("--passes", int, "pre-copy passes before each pause"),

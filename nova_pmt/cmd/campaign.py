@@ -117,6 +117,7 @@ def _add_trials(
     command.add_argument(
         "--interval-ms", type=_at_least(5), default=20, metavar="MS", help="of checkpoints (20)"
     )
+    command.add_argument("--strategy", default="pmt", help="pmt, kemari or auto (pmt)")
     command.add_argument(
         "--directory",
         type=Path,
@@ -256,6 +257,7 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
         clients=args.clients,
         interval_ms=args.interval_ms,
         negative=args.negative is True,
+        strategy=args.strategy,
     )
     status, campaign = 1, None
     name, title = ("faults", "Faults") if many else ("output-commit", "Output commit")
@@ -271,7 +273,7 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
             progress.note(f"seed {seed}; {hosts}, RabbitMQ, a guest with two disks")
             with contextlib.ExitStack() as stack:
                 if many:
-                    lab, plane = stack.enter_context(fault_lab(args.cluster))
+                    lab, plane = stack.enter_context(fault_lab(args.cluster, args.strategy))
                     campaign = FaultCampaign(
                         lab,
                         options,
@@ -281,7 +283,7 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
                         without=args.negative,
                     )
                 else:
-                    lab = stack.enter_context(campaign_lab())
+                    lab = stack.enter_context(campaign_lab(args.strategy))
                     campaign = Campaign(lab, options, args.directory, progress.trial)
                 for kind, reason in getattr(campaign, "skipped", {}).items():
                     progress.note(f"skipped: {kind}: {reason}")

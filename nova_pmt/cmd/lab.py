@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "tell",
         help="a command to the workload of a guest",
         description="Commands: status, counter, boot, rounds, verify, reboot, dirty PAGES MS,"
-        " burst PAGES, full 0|1, fill MIB, tick MS, console EVERY.",
+        " burst PAGES, full 0|1, skew 0|1, fill MIB, tick MS, console EVERY.",
     )
     tell.add_argument("--lab", metavar="ID", help="if more than one is up")
     tell.add_argument("guest", help="guest1, guest2, guest3 or an address")

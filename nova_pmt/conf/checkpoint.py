@@ -19,7 +19,13 @@ OPTS = [
     cfg.StrOpt(
         "strategy",
         default="pmt",
-        help="Plug-in (namespace ``nova_pmt.strategies``) that says when a round starts.",
+        help="""
+Plug-in (namespace ``nova_pmt.strategies``) that says when a round starts, and whether the guest
+waits for the standby. ``pmt``: at an interval; the transfer goes on while the guest runs.
+``auto``: like it, but the interval is chosen after each round by what pauses, output delay and
+bytes cost, and without output epochs become long. ``kemari``: with an epoch's first output; the
+guest stays paused until the standby has everything.
+""",
     ),
     cfg.IntOpt(
         "interval_ms",
@@ -27,8 +33,20 @@ OPTS = [
         min=5,
         max=10000,
         help="""
-Time from the start of one pause to the start of the next, in milliseconds. The upper bound of
-what a failover takes back from the guest; with output commit, the upper bound of added latency.
+Time from the start of one pause to the start of the next, in milliseconds. With ``pmt`` the upper
+bound of what a failover takes back from the guest; with output commit, the upper bound of added
+latency. With ``auto`` the longest that a packet waits before its epoch ends. ``kemari`` has no use
+for it.
+""",
+    ),
+    cfg.IntOpt(
+        "epoch_limit_ms",
+        default=10000,
+        min=50,
+        max=60000,
+        help="""
+Longest time from pause to pause of the strategies that wait for output (``kemari``, ``auto``), in
+milliseconds: what a failover takes back, at most, of the work of a guest that has no output.
 """,
     ),
     cfg.FloatOpt(

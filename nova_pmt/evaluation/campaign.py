@@ -56,6 +56,7 @@ class Options:
     :param negative: the agents do not hold what the guest sends, so that answers must get lost.
     :param until_loss: end with the first trial that lost an answer.
     :param disks: off only to look for faults elsewhere.
+    :param strategy: that the lab's agents are configured for.
     """
 
     trials: int
@@ -66,6 +67,7 @@ class Options:
     negative: bool = False
     until_loss: bool = False
     disks: bool = True
+    strategy: str = "pmt"
 
 
 class Campaign:
@@ -309,8 +311,8 @@ def quantiles(values: Iterable[float | None]) -> dict[str, float] | None:
 
 
 @contextlib.contextmanager
-def campaign_lab() -> Iterator[Lab]:
+def campaign_lab(strategy: str = "pmt") -> Iterator[Lab]:
     """A lab of two hosts, configured."""
     with Lab(computes=2) as lab:
-        deployment.configure(lab, extra=CONFIG)
+        deployment.configure(lab, extra={**CONFIG, "checkpoint": {"strategy": strategy}})
         yield lab

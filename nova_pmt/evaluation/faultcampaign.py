@@ -180,14 +180,14 @@ def summarise_again(directory: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fault_lab(cluster: bool = False) -> Iterator[tuple[Lab, ControlPlane]]:
+def fault_lab(cluster: bool = False, strategy: str = "pmt") -> Iterator[tuple[Lab, ControlPlane]]:
     """A lab of three hosts, configured.
 
     :param cluster: for three managers over MariaDB, in place of two over SQLite.
     """
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(computes=3))
-        extra = {**deployment.WITH_MANAGERS, **CONFIG}
+        extra = {**deployment.WITH_MANAGERS, **CONFIG, "checkpoint": {"strategy": strategy}}
         plane = ControlPlane()
         if cluster:
             server = stack.enter_context(MariaDB(lab.directory / "mariadb"))

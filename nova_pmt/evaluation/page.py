@@ -229,12 +229,20 @@ def _gaps(summary: Mapping[str, Any]) -> str:
     return "No answer to any client, in ms:\n\n" + _table(head, rows)
 
 
+def _checkpoints(options: Mapping[str, Any]) -> str:
+    strategy = options.get("strategy", "pmt")  # earlier results have none
+    if strategy == "kemari":
+        return "strategy kemari: a checkpoint with each first output"
+    each = f"a checkpoint each {options['interval_ms']} ms"
+    return each if strategy == "pmt" else f"strategy {strategy}, {each} or when it pays"
+
+
 def _facts(path: Path, summary: Mapping[str, Any]) -> str:
     options, machine, faults = summary["options"], summary["machine"], "split_brain" in summary
     load = ", ".join(str(value) for value in machine["load_average"])
     words = [
-        f"Seed {summary['seed']}, {options['clients']} clients, a checkpoint each "
-        f"{options['interval_ms']} ms, {summary['seconds'] / 60:.0f} minutes "
+        f"Seed {summary['seed']}, {options['clients']} clients, "
+        f"{_checkpoints(options)}, {summary['seconds'] / 60:.0f} minutes "
         f"(p50 of a trial {summary['duration_s']['p50']:.1f} s), "
         f"{summary['guests']} guest{'s' if summary['guests'] > 1 else ''}."
         if summary["duration_s"]

@@ -121,7 +121,8 @@ class LabGuest:
         """Send one command line over the data network (from ctl) and return the answer.
 
         ``counter`` ``boot`` ``rounds`` ``sunk`` ``status`` ``verify`` ``reboot``
-        ``dirty PAGES MS`` ``burst PAGES`` ``full 0|1`` ``fill MIB`` ``tick MS`` ``console EVERY``
+        ``dirty PAGES MS`` ``burst PAGES`` ``full 0|1`` ``skew 0|1`` ``fill MIB`` ``tick MS``
+        ``console EVERY``
 
         Load for a disk behind its record area, that is beyond 48 MiB, where offsets begin. The
         answer is ``ok KIB MICROSECONDS``, and for ``fua`` a KIB is a write:

@@ -28,12 +28,13 @@ from prometheus_client.registry import Collector
 _LABELS = ("uuid", "name")
 _HISTOGRAMS = {
     "pause_seconds": "Time for which the guest stood still in a round",
-    "commit_seconds": "From the end of a pause until the standby had the checkpoint",
+    "commit_seconds": "From the end of a pause (Kemari: of its save) until the standby had it",
     "output_delay_seconds": "How long the oldest packet of a checkpoint was held",
     "pages": "Pages of a checkpoint",
 }
 _COUNTERS = {
     "rounds": ("rounds", "Checkpoints that were committed"),
+    "output_rounds": ("output_rounds", "Rounds that began because there was output"),
     "throttled_rounds": ("throttled_rounds", "Rounds that were held back by link or cache"),
     "deferred": ("deferred_rounds", "Pauses that found too little cache"),
     "sent_bytes": ("sent_bytes", "Bytes that were sent to the standby"),

@@ -45,6 +45,8 @@ from nova_pmt.replication.protocol import (
 )
 
 assert MAX_PAGES <= SLAB_PAGES  # a PAGES frame fits into one slab
+#: So much is applied before the primary hears of us again: some milliseconds' worth.
+BREATHE_SLABS = 16
 
 
 class Image(Protocol):
@@ -92,6 +94,8 @@ class Receiver:
     :param staging: where checkpoints wait.
     :param acknowledge: called with the epoch when it is whole and verified; before it is applied.
     :param check_state: raises when a device state is not one.
+    :param breathe: called again and again while a large checkpoint is applied, so that the primary
+        hears of us.
     """
 
     def __init__(
@@ -101,8 +105,10 @@ class Receiver:
         staging: SlabCache,
         acknowledge: Callable[[int, int], None],
         check_state: Callable[[bytes], None],
+        breathe: Callable[[], None] = lambda: None,
     ) -> None:
         self._image = image
+        self._breathe = breathe
         self._disks = disks
         self._staging = staging
         self._acknowledge = acknowledge
@@ -296,11 +302,13 @@ class Receiver:
             ) from error
 
     def _apply(self) -> None:
-        for slab, count in self._staged:
+        for number, (slab, count) in enumerate(self._staged, 1):
             first = slab * SLAB_PAGES
             self._image.write(
                 self._numbers[slab, :count], self._staging.pages[first : first + count]
             )
+            if number % BREATHE_SLABS == 0:
+                self._breathe()
         self._staging.give_back(slab for slab, _ in self._staged)
         self._staged.clear()
 

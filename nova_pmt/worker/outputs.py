@@ -66,9 +66,9 @@ class Outputs:
             for nic in choose.nics(xml, pid)
         ]
         self.disks = discover.disks(xml, monitor)
-        space = LogSpace(conf.disk.log_limit_mib * MIB)
+        self._space = LogSpace(conf.disk.log_limit_mib * MIB)
         self.logs: dict[int, DiskLog] = {
-            number: DiskLog(disk, monitor, self._log_directory, space)
+            number: DiskLog(disk, monitor, self._log_directory, self._space)
             for number, disk in enumerate(self.disks)
             if not disk.spec.readonly
         }
@@ -104,6 +104,14 @@ class Outputs:
             )
 
     # -- putting on ---------------------------------------------------------------------
+
+    def await_writes(self) -> None:
+        """Make sure, before anything is copied, that somebody can tell of writes to the disks.
+
+        :raises nova_pmt.exception.DiskLogError: nobody can.
+        """
+        if self.logs:
+            self._space.watcher()
 
     def start_logs(self, generation: int) -> None:
         """Log the disks' writes from now on."""
@@ -220,6 +228,7 @@ class Outputs:
             buffer.close()
         for disk_log in self.logs.values():
             disk_log.close()
+        self._space.close()
         if self._trace is not None:
             self._trace.close()
 

@@ -210,7 +210,8 @@ class Primary(Side):
                 if self._link is not None and self._link_failure is None:
                     wait = max(0.001, self._link.tick())
                 io.dispatch(self._selector, min(wait, 0.1))
-                paused = self._link is not None and self._link.held
+                standing = self._checkpointer is not None and self._checkpointer.standing
+                paused = standing or (self._link is not None and self._link.held)
                 if time.monotonic() >= next_stats and not paused:
                     next_stats = time.monotonic() + STATS_EVERY_S
                     self._tell_stats()
@@ -371,9 +372,12 @@ class Primary(Side):
             StrategyOptions(
                 interval_ms=spec.options.get("interval_ms", conf.checkpoint.interval_ms),
                 max_pause_ms=spec.options.get("max_pause_ms", conf.checkpoint.max_pause_ms),
+                epoch_limit_ms=spec.options.get("epoch_limit_ms", conf.checkpoint.epoch_limit_ms),
                 passes=int(spec.options.get("passes", conf.checkpoint.passes)),
             )
         )
+        if strategy.output_wait_s is not None and strategy.disks_are_output:
+            outputs.await_writes()
         self._sender = Sender(self._link, memory.page_count)
         self._checkpointer = Checkpointer(
             memory,

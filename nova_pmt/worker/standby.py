@@ -304,7 +304,7 @@ class Standby(Side):
         staging = SlabCache(self._layout.page_count * 4096 + STAGING_EXTRA_BYTES)
         stack.callback(staging.close)
         self._receiver = Receiver(
-            image, self._journal(), staging, self._acknowledge, check_device_state
+            image, self._journal(), staging, self._acknowledge, check_device_state, self._breathe
         )
         listener = stack.enter_context(self._listen())
         self.agent.tell(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from nova_pmt.checkpoint.interfaces import OutputBuffer
@@ -65,6 +66,13 @@ class _Traced:
         self._trace.line(event="release", epoch=epoch, nic=nic, end=self._ends.pop(epoch))
         held: float | None = self._buffer.release(epoch)
         return held
+
+    def watch(self, on_output: Callable[[], None]) -> None:
+        self._buffer.watch(on_output)
+
+    @property
+    def waiting_since(self) -> float:
+        return float(self._buffer.waiting_since)
 
     @property
     def pressure(self) -> float:

@@ -168,6 +168,7 @@ def protect(
     guest: LabGuest,
     standby: LabHost,
     *,
+    strategy: str = "pmt",
     options: Mapping[str, float] | None = None,
     primary_env: Mapping[str, str] | None = None,
     standby_env: Mapping[str, str] | None = None,
@@ -195,7 +196,7 @@ def protect(
             address, port = endpoint(address, port)
         running = Worker(
             guest.host,
-            control.PrimarySpec(alter_pair(pair), address, port, options=dict(options or {})),
+            control.PrimarySpec(alter_pair(pair), address, port, strategy, dict(options or {})),
             primary_env,
             config,
         )

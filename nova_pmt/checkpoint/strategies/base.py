@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nova_pmt.checkpoint.statistics import RoundRecord
 
@@ -27,18 +28,33 @@ class StrategyOptions:
     :param interval_ms: from the start of one pause to the start of the next.
     :param max_pause_ms: wanted length of the pause; 0 for none.
     :param passes: pre-copy passes before each pause.
+    :param epoch_limit_ms: the same as interval_ms where rounds begin with output: the longest.
     """
 
     interval_ms: float = 50.0
     max_pause_ms: float = 0.0
     passes: int = 2
+    epoch_limit_ms: float = 10_000.0
 
 
 class Strategy(ABC):
     """Says when a round starts. A pure function of what it was shown: no clock of its own."""
 
+    #: The guest stays paused until the standby has committed the checkpoint.
+    synchronous: ClassVar[bool] = False
+    #: Writes to disks are output that begins a round.
+    disks_are_output: ClassVar[bool] = False
+
     def __init__(self, options: StrategyOptions) -> None:
         self.options = options
+
+    @property
+    def output_wait_s(self) -> float | None:
+        """A round starts this many seconds after an epoch's first output; None: output starts none.
+
+        Whether it is None stays as it is for a strategy's life.
+        """
+        return None
 
     @property
     def passes(self) -> int:

@@ -27,7 +27,8 @@ import contextlib
 import ctypes
 import os
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nova_pmt import exception
@@ -39,6 +40,7 @@ from nova_pmt.guest.disk.discover import (
     image_node,
     nodes_below,
 )
+from nova_pmt.guest.disk.growth import Watcher
 from nova_pmt.guest.disk.spec import SECTOR
 from nova_pmt.guest.monitor import Monitor, QmpCommandError
 
@@ -149,6 +151,7 @@ class LogSpace:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._logs: list[DiskLog] = []
+        self._watcher: Watcher | None = None
 
     def add(self, log: DiskLog) -> None:
         self._logs.append(log)
@@ -156,6 +159,28 @@ class LogSpace:
     @property
     def used_bytes(self) -> int:
         return sum(log.used_bytes for log in self._logs)
+
+    def watcher(self) -> Watcher:
+        """What tells of writes to the logs, made when it is first asked for.
+
+        :raises nova_pmt.exception.DiskLogError: the kernel has none left.
+        """
+        if self._watcher is None:
+            try:
+                self._watcher = Watcher()
+            except OSError as error:
+                raise exception.DiskLogError(
+                    f"nobody tells of writes to the disks' logs: {error}",
+                    cure="Raise the sysctl fs.inotify.max_user_instances, or choose the strategy "
+                    "pmt.",
+                ) from error
+        return self._watcher
+
+    def close(self) -> None:
+        """Nobody tells of writes any more; the logs are closed already."""
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.close()
 
 
 class DiskLog:
@@ -186,6 +211,9 @@ class DiskLog:
         self._released = SECTOR
         self._peak = 0
         self._broken = ""
+        self._watcher: Watcher | None = None
+        self._on_output: Callable[[], None] = lambda: None
+        self._first_at = 0.0
         if space is not None:
             space.add(self)
 
@@ -269,6 +297,7 @@ class DiskLog:
 
     def close(self) -> None:
         """Let go of what this process has open; the guest's writes are logged on."""
+        self._watcher = None
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -320,6 +349,7 @@ class DiskLog:
         # Nothing logged yet: the file ends with our sector.
         self._cuts[epoch] = (start, max(end, start))
         self._cut_end = max(end, start)
+        self._first_at = 0.0
 
     def segment_bytes(self, epoch: int) -> int:
         """Length of the log between the cut before and the epoch's."""
@@ -367,6 +397,59 @@ class DiskLog:
                 f"{self.path} cannot be freed in parts: {error}",
                 cure="Put [disk] log_directory on tmpfs.",
             ) from error
+        self._await_output()
+
+    # -- output that begins a round -----------------------------------------------------
+
+    def watch(self, on_output: Callable[[], None]) -> None:
+        """Have ``on_output`` called, from any thread, with the first write after each cut.
+
+        Told of once an epoch was released: what was written between its cut and that is told then.
+
+        :raises nova_pmt.exception.DiskLogError: the kernel does not tell.
+        """
+        assert self._space is not None
+        self._watcher, self._on_output = self._space.watcher(), on_output
+        self._await_output()
+
+    def _await_output(self) -> None:
+        watcher = self._watcher
+        if watcher is None:
+            return
+        try:
+            watcher.arm(self._descriptor, self._notice)
+        except OSError as error:
+            raise exception.DiskLogError(
+                f"nobody tells of writes to {self.path}: {error}",
+                cure="Raise the sysctl fs.inotify.max_user_watches, or choose the strategy pmt.",
+            ) from error
+        if self._end() > self._cut_end:
+            self._notice()
+
+    def _notice(self) -> None:
+        """Something was written: by the guest, or by us, which does not count. Any thread."""
+        watcher = self._watcher
+        if watcher is None:
+            return
+        try:
+            if self._end() <= self._cut_end:
+                watcher.arm(self._descriptor, self._notice)
+                if self._end() <= self._cut_end:
+                    return
+            if not self._first_at:
+                self._first_at = time.perf_counter()
+                if self._end() <= self._cut_end:
+                    self._first_at = 0.0  # it was of an epoch that was cut just now
+                else:
+                    self._on_output()
+        except OSError as error:
+            if self._watcher is not None:  # else it was closed meanwhile
+                self._broken = f"nobody tells of writes to disk {self.disk.spec.name}: {error}"
+
+    @property
+    def waiting_since(self) -> float:
+        """``time.perf_counter`` when the first write since the last cut was seen; 0: none was."""
+        return self._first_at
 
     def _remember(self) -> None:
         state = _STATE.pack(_MAGIC, self.generation, self.committed_epoch, self._released)

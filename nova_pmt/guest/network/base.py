@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,6 +86,18 @@ class EgressBuffer(ABC):
         :returns: seconds for which its oldest packet was held; None when there was none, or
             nobody knows.
         """
+
+    @abstractmethod
+    def watch(self, on_output: Callable[[], None]) -> None:
+        """Have ``on_output`` called, from any thread, with the first packet after each cut.
+
+        A buffer that cannot tell by itself leaves it to those who look at ``waiting_since``.
+        """
+
+    @property
+    @abstractmethod
+    def waiting_since(self) -> float:
+        """``time.perf_counter`` when the first packet since the last cut came; 0: none did."""
 
     @abstractmethod
     def detach(self) -> None:

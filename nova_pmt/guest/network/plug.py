@@ -32,7 +32,7 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -202,6 +202,13 @@ class PlugBuffer(EgressBuffer):
 
     def release(self, epoch: int) -> float | None:
         return self._queue.release(epoch) if self._queue is not None else None
+
+    def watch(self, on_output: Callable[[], None]) -> None:
+        """The kernel tells nobody of a packet that it holds: it is seen at the next look."""
+
+    @property
+    def waiting_since(self) -> float:
+        return self._queue.first_at if self._queue is not None else 0.0
 
     # -- taking off -----------------------------------------------------------------------
 

@@ -84,9 +84,13 @@ class EpochQueue:
         self._committed = -1
         #: Slots that were released and not yet seen empty.
         self._leaving: list[int] = []
-        self._entered = 0
         self._first_at = 0.0
         self._cut_at = self._looked_at = self._checked_at = time.monotonic()
+
+    @property
+    def first_at(self) -> float:
+        """When the first packet since the last cut came, as far as was looked; 0: none did."""
+        return self._first_at
 
     def cut(self, epoch: int) -> None:
         """End of the epoch's packets; sends one request and does nothing else."""
@@ -181,11 +185,8 @@ class EpochQueue:
         counters.released_bytes = sum(slot.released_bytes for slot in self._slots)
         counters.dropped_packets = sum(slot.dropped_packets for slot in self._slots)
         counters.peak_bytes = max(counters.peak_bytes, counters.held_bytes)
-        entered = counters.held_bytes + counters.released_bytes
-        if entered > self._entered and not self._first_at:
-            # Came since the last look. What came before the cut is taken for the next epoch's.
-            self._first_at = max(self._looked_at, self._cut_at)
-        self._entered = entered
+        if self._slots[self._current].packets and not self._first_at:
+            self._first_at = max(self._looked_at, self._cut_at)  # came since the last look
         self._looked_at = now
 
     def _new_limits(self) -> list[Request]:

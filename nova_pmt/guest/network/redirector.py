@@ -40,6 +40,7 @@ import termios
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from nova_pmt import exception
@@ -98,6 +99,7 @@ class _Stream:
         self.peak = self.dropped_packets = self.dropped_bytes = 0
         #: When the first byte since the last cut came in (perf_counter); 0: none came.
         self.first_at = 0.0
+        self.on_output: Callable[[], None] | None = None
         self._turn = 0  # odd while the thread stores: see end()
         self._waiting = array.array("i", [0])
         self._boundary = 0  # offset, still in the ring, at which a packet begins
@@ -114,12 +116,15 @@ class _Stream:
 
     # -- other threads --------------------------------------------------------------------
 
-    def end(self, epoch: int) -> None:
+    def end(self, epoch: int) -> float:
         """Note the end of all that the paused guest has sent: stored, and waiting in the socket.
 
         The sum does not change while the guest is paused, so it is read without a lock: twice
         if our thread was just moving bytes from the one to the other.
+
+        :returns: when the epoch's first byte came (perf_counter); 0: none did.
         """
+        before = self.last_cut
         while True:
             turn = self._turn
             if not turn & 1:
@@ -128,8 +133,13 @@ class _Stream:
                 # Noted before the last look: whoever drops bytes from now on shortens it.
                 self._cuts[epoch] = self.last_cut = self.received + waiting
                 if turn == self._turn:
-                    return
+                    break
             time.sleep(0)
+        # Our thread sets it again with the first byte behind the cut: not before the guest runs.
+        first, self.first_at = self.first_at, 0.0
+        if not first and self.last_cut > before:
+            first = time.perf_counter()  # all of it still waits in the socket
+        return first
 
     def allow(self, epoch: int) -> None:
         """Let out what was noted as the epoch's; does not wait."""
@@ -225,15 +235,21 @@ class _Stream:
             )
             if not count:
                 raise ConnectionResetError("QEMU closed the connection")
-            if not self.first_at:
-                self.first_at = time.perf_counter()
             self.received += count
+            self._notice()
             self._note_boundary()
             self.peak = max(self.peak, self.received - self.sent)
         except BlockingIOError:
             return
         finally:
             self._turn += 1
+
+    def _notice(self) -> None:
+        """Something was stored. (What waited in the socket at a cut is of the epoch before.)"""
+        if not self.first_at and self.received > self.last_cut:
+            self.first_at = time.perf_counter()
+            if self.on_output is not None:
+                self.on_output()
 
     def _byte_range(self, start: int, length: int) -> bytes:
         at = start % self._size
@@ -264,6 +280,7 @@ class _Stream:
         self._skipping = True
         for epoch, cut in list(self._cuts.items()):
             self._cuts[epoch] = min(cut, self.received)
+        self.last_cut = min(self.last_cut, self.received)
         self._allowed = min(self._allowed, self.received)
 
     def _skip(self) -> None:
@@ -302,6 +319,7 @@ class _Stream:
             rest = rest[count:]
         rest.release()
         self._junk.clear()
+        self._notice()
         self._skipping = False
 
     def _send(self) -> bool:
@@ -425,9 +443,7 @@ class RedirectorBuffer(EgressBuffer):
     def cut(self, epoch: int) -> None:
         stream = self._stream
         if stream is not None:
-            stream.end(epoch)
-            self._first_at[epoch] = stream.first_at
-            stream.first_at = 0.0
+            self._first_at[epoch] = stream.end(epoch)
 
     def release(self, epoch: int) -> float | None:
         stream = self._stream
@@ -436,6 +452,14 @@ class RedirectorBuffer(EgressBuffer):
         stream.allow(epoch)
         first = self._first_at.pop(epoch, 0.0)
         return time.perf_counter() - first if first else None
+
+    def watch(self, on_output: Callable[[], None]) -> None:
+        if self._stream is not None:
+            self._stream.on_output = on_output
+
+    @property
+    def waiting_since(self) -> float:
+        return self._stream.first_at if self._stream is not None else 0.0
 
     def detach(self) -> None:
         stream, self._stream = self._stream, None

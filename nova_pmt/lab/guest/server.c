@@ -65,6 +65,8 @@ static int command(const char *line, int connection, char *out, size_t size)
         dirty_pages = a;
     } else if (n == 2 && !strcmp(word, "full")) {
         dirty_full = a;
+    } else if (n == 2 && !strcmp(word, "skew")) {
+        dirty_skew = a;
     } else if (n == 2 && !strcmp(word, "burst")) {
         dirty(a, (int)dirty_full);
         page.rounds++;
@@ -96,7 +98,7 @@ static int command(const char *line, int connection, char *out, size_t size)
         return 1;
     } else {
         snprintf(out, size, "error commands: counter boot rounds sunk status verify reboot | "
-                            "dirty PAGES MS | burst PAGES | full 0|1 | fill MIB | tick MS | console EVERY | disk ... | packets ...");
+                            "dirty PAGES MS | burst PAGES | full 0|1 | skew 0|1 | fill MIB | tick MS | console EVERY | disk ... | packets ...");
     }
     return 0;
 }

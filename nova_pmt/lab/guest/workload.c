@@ -43,7 +43,7 @@
 
 struct counter_page page __attribute__((aligned(4096)));
 volatile unsigned tick_ms = 10, console_every = 10;
-volatile unsigned dirty_pages, dirty_ms = 20, dirty_full;
+volatile unsigned dirty_pages, dirty_ms = 20, dirty_full, dirty_skew;
 static int console = 2;
 
 void say(const char *format, ...)

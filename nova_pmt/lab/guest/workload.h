@@ -31,7 +31,7 @@ struct counter_page {
 extern struct counter_page page;
 
 /* Rates; written by the control server, read by the loops. */
-extern volatile unsigned tick_ms, console_every, dirty_pages, dirty_ms, dirty_full;
+extern volatile unsigned tick_ms, console_every, dirty_pages, dirty_ms, dirty_full, dirty_skew;
 
 /* workload.c */
 void say(const char *format, ...) __attribute__((format(printf, 1, 2))); /* on the console */

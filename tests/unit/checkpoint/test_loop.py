@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from nova_pmt import exception
 from nova_pmt.checkpoint.loop import PAUSED_POLL_S, PRESSURE_POLL_S, Loop
-from nova_pmt.checkpoint.strategies.base import StrategyOptions
+from nova_pmt.checkpoint.strategies.base import Strategy, StrategyOptions
+from nova_pmt.checkpoint.strategies.kemari import KemariStrategy
 from nova_pmt.checkpoint.strategies.pmt import PmtStrategy
+from tests.unit.fakes.disk import SECTOR
 from tests.unit.fakes.guest import FakeOutput
 from tests.unit.fakes.world import World, small_slabs
 
@@ -41,9 +44,18 @@ class TimedWorld(World):
     """A world in which time goes by while somebody waits, and the wire has a speed.
 
     :param bytes_per_s: of the wire.
+    :param options: of the strategy.
     """
 
-    def __init__(self, bytes_per_s: float = 1e9, *, depth: int = 2, cache_slabs: int = 64) -> None:
+    def __init__(
+        self,
+        bytes_per_s: float = 1e9,
+        *,
+        depth: int = 2,
+        cache_slabs: int = 64,
+        strategy: type[Strategy] = PmtStrategy,
+        **options: float,
+    ) -> None:
         self.now = 0.0
         self.bytes_per_s = bytes_per_s
         self.credit = 0.0
@@ -51,7 +63,10 @@ class TimedWorld(World):
         self.at: list[tuple[float, Callable[[], None]]] = []
         super().__init__(400, 10, cache_slabs=cache_slabs)
         self.execution.clock_step = self.pass_time
-        self.strategy = PmtStrategy(StrategyOptions(interval_ms=INTERVAL_S * 1e3, passes=2))
+        given: dict[str, Any] = {"interval_ms": INTERVAL_S * 1e3, "passes": 2, **options}
+        self.strategy = strategy(StrategyOptions(**given))
+        for disk in self.disks:
+            disk.clock = lambda: self.now
         self.loop = Loop(
             self.checkpointer,
             self.execution,
@@ -608,5 +623,145 @@ def test_a_pass_that_finds_little_is_the_last(
     world.guest.write(range(pages))
     world.loop._round()
     assert len(seen) == scans, "with the one in the pause"
+    world.settle()
+    world.check()
+
+
+# -- rounds that begin with output --------------------------------------------------------
+
+LIMIT_S = 1.0
+
+
+def kemari(**members: Any) -> TimedWorld:
+    """A world after its first synchronisation, under Kemari."""
+    world = TimedWorld(strategy=KemariStrategy, epoch_limit_ms=LIMIT_S * 1e3, **members)
+    world.synchronise()
+    world.faults.calls.clear()
+    return world
+
+
+def at(world: TimedWorld, after_s: float, action: Callable[[], None]) -> None:
+    world.at.append((world.now + after_s, action))
+
+
+def test_without_output_nothing_happens_until_the_limit() -> None:
+    world = kemari()
+    world.load(0.01, range(30))
+    sent = world.checkpointer.sent_pages
+    at(world, 0.9 * LIMIT_S, lambda: world.checkpointer.post(world.loop.end))
+    world.loop.run()
+    assert len(world.records) == 1
+    assert world.checkpointer.sent_pages == sent
+    world.loop = Loop(world.checkpointer, world.execution, world.strategy, clock=lambda: world.now)
+    world.run_for(3.5 * LIMIT_S)
+    gaps = [b - a for a, b in itertools.pairwise(world.starts()[1:])]
+    assert gaps == [pytest.approx(LIMIT_S, abs=0.005)] * len(gaps)
+    assert len(gaps) >= 2
+    assert world.checkpointer.statistics.output_rounds == 0
+    world.check()
+
+
+def test_the_first_packet_starts_a_round_and_leaves_with_its_commit() -> None:
+    world = kemari()
+    sent_at, released = world.now + 0.1, []
+    world.output.on_release = lambda epoch: released.append((epoch, world.now, world.guest.paused))
+    at(world, 0.1, lambda: world.output.send(world.now))
+    world.run_for(0.5)
+    assert [record.started_s for record in world.records[1:]] == [pytest.approx(sent_at, abs=0.003)]
+    (epoch, when, paused), *others = released
+    assert (epoch, paused, others) == (2, True, [])
+    assert when == pytest.approx(sent_at, abs=0.02)
+    assert world.checkpointer.statistics.output_rounds == 1
+    world.check()
+
+
+def test_a_write_to_a_disk_starts_a_round() -> None:
+    world = kemari()
+    begin = world.now
+    at(world, 0.2, lambda: world.disks[1].write(3, 4))
+    world.run_for(0.6)
+    assert world.starts()[1:] == [pytest.approx(begin + 0.2, abs=0.003)]
+    assert world.records[1].log_bytes == 5 * SECTOR
+    world.check()
+
+
+def test_the_guest_stays_paused_until_the_standby_has_it() -> None:
+    """300 pages take 0.6 s on this wire: the pause lasts as long, and says what of it was that."""
+    world = kemari(bytes_per_s=2_000_000, cache_slabs=100)
+    at(world, 0.1, lambda: [world.guest.write(range(300)), world.output.send(world.now)])
+    world.run_for(2.0)
+    first = world.records[1]
+    assert first.pages == 300
+    assert first.pause_us > 500_000
+    assert first.wait_us == pytest.approx(first.commit_us)
+    steps = ("stop", "scan", "copy", "save", "wait", "cont")
+    assert sum(getattr(first, f"{step}_us") for step in steps) == pytest.approx(first.pause_us)
+    assert not world.guest.paused
+    world.check()
+
+
+def test_a_paused_guest_needs_no_more_cache_than_there_is() -> None:
+    world = kemari(cache_slabs=4)  # 64 pages
+    at(world, 0.1, lambda: [world.guest.write(range(300)), world.output.send(world.now)])
+    world.run_for(0.5)
+    assert [record.pages for record in world.records[1:]] == [300]
+    assert world.cache.peak_slabs <= 4
+    world.check()
+
+
+@pytest.mark.parametrize("resumes", [True, False], ids=["resumes", "no answer"])
+def test_a_peer_that_is_lost_in_the_pause_lets_the_guest_run(resumes: bool) -> None:
+    world = kemari()
+
+    def lost() -> None:
+        raise exception.PeerLost("silent")
+
+    def broken() -> None:
+        world.link.broken = True
+        world.output.send(world.now)
+        at(world, 0.2, lambda: world.checkpointer.post(lost))
+
+    real, failures = world.execution.resume, iter(() if resumes else [exception.GuestError("no")])
+
+    def resume() -> None:
+        for failure in failures:
+            raise failure
+        real()
+
+    world.execution.resume = resume  # type: ignore[method-assign]
+    at(world, 0.1, broken)
+    with pytest.raises(exception.PeerLost):
+        world.loop.run()
+    assert not world.guest.paused
+    assert world.output.released == [1]  # nothing of what was not committed
+
+
+def test_what_a_guest_puts_out_at_once_begins_the_next_round_at_once() -> None:
+    world = kemari()
+
+    def babble() -> None:
+        if not world.guest.paused:
+            world.output.send(world.now)
+        at(world, 0.001, babble)
+
+    babble()
+    world.run_for(0.5)
+    gaps = [b - a for a, b in itertools.pairwise(world.starts()[1:])]
+    assert len(gaps) > 40
+    assert max(gaps) < 0.012
+    world.check()
+
+
+def test_output_may_wait_before_it_starts_a_round() -> None:
+    class Waits(PmtStrategy):
+        output_wait_s = 0.02  # type: ignore[assignment]
+
+    world = TimedWorld(strategy=Waits, interval_ms=500)
+    world.synchronise()
+    begin = world.now
+    at(world, 0.1, lambda: world.disks[0].write(0, 1))  # no output to this one
+    at(world, 0.2, lambda: world.output.send(world.now))
+    world.run_for(0.4)
+    assert world.starts()[1:] == [pytest.approx(begin + 0.22, abs=0.003)]
     world.settle()
     world.check()

@@ -223,7 +223,24 @@ def switchover(world: World) -> None:
     loop.final_round(5.0)
 
 
-SCENARIOS = [one_round, round_that_is_deferred, switchover]
+def round_of_kemari(world: World) -> None:
+    world.checkpointer.capture_and_commit()
+
+
+def round_of_kemari_that_does_not_fit(world: World) -> None:
+    """The guest stays paused while what does not fit goes through the cache in parts."""
+    world.guest.meddle = None
+    world.guest.write(range(PAGES))
+    world.checkpointer.capture_and_commit()
+
+
+SCENARIOS = [
+    one_round,
+    round_that_is_deferred,
+    switchover,
+    round_of_kemari,
+    round_of_kemari_that_does_not_fit,
+]
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -276,6 +293,32 @@ def test_qemu_gone_is_told_although_cont_fails_too(world: World) -> None:
     with pytest.raises(exception.GuestGone):
         world.checkpointer.capture()
     assert not world.link.held
+
+
+@pytest.mark.parametrize("committed", [True, False], ids=["committed", "not yet"])
+def test_an_order_in_a_pause_of_kemari_lets_the_guest_run(world: World, committed: bool) -> None:
+    """It is handled behind the commit, or instead of it; either way the round counts once."""
+    rounds, epoch = len(world.records), world.checkpointer.epoch
+    world.guest.write(range(30))
+    if committed:
+        real = world.checkpointer.commit
+
+        def commit(number: int) -> None:
+            real(number)
+            raise OrderedError
+
+        world.checkpointer.commit = commit  # type: ignore[method-assign]
+    else:
+        world.checkpointer.post(order)
+    with pytest.raises(OrderedError):
+        world.checkpointer.capture_and_commit()
+    world.checkpointer.__dict__.pop("commit", None)
+    assert not world.guest.paused
+    assert not world.checkpointer.standing
+    switchover(world)
+    world.settle()
+    assert [record.epoch for record in world.records[rounds:]] == [epoch, epoch + 1]
+    world.check_image()
 
 
 # -- orders that come in between --------------------------------------------------------

@@ -71,6 +71,7 @@ def test_summary_is_in_milliseconds_and_pages() -> None:
         "scan": 0.2,
         "copy": 0.3,
         "save": 0.4,
+        "wait": 0.0,
         "cont": 0.05,
     }
     pages = summary["pages"]

@@ -54,6 +54,12 @@ class FakeDisk:
         #: Cut and not released: first and last byte by number.
         self.waiting: dict[int, tuple[int, int]] = {}
         self._serial = 0
+        self.clock: Callable[[], float] = lambda: 0.0
+        self.waiting_since = 0.0
+        self.on_output: Callable[[], None] | None = None
+
+    def watch(self, on_output: Callable[[], None]) -> None:
+        self.on_output = on_output
 
     def write(self, sector: int, count: int, *, discard: bool = False) -> None:
         """The guest writes whole sectors, each time with other contents."""
@@ -64,6 +70,9 @@ class FakeDisk:
         self.data[start : start + count * SECTOR] = content or bytes(count * SECTOR)
         if self.logging:
             self._log += log_entry(sector, content, count=count, flags=4 if discard else 0)
+            if self.on_output is not None and not self.waiting_since:
+                self.waiting_since = self.clock()
+                self.on_output()
 
     def pause(self, number: int) -> None:
         """The guest was stopped: what its disk holds then."""
@@ -74,6 +83,7 @@ class FakeDisk:
         assert self._guest.paused, "of a guest that runs the log's end is not known"
         self.waiting[epoch] = (self._cut, len(self._log))
         self._cut = len(self._log)
+        self.waiting_since = 0.0
         self._faults.leave()
 
     def segments(self, epoch: int) -> Iterator[memoryview]:

@@ -223,6 +223,8 @@ class FakeOutput:
         self.broken = ""
         self.held_s: float | None = None
         self.on_release: Callable[[int], None] = lambda _epoch: None
+        self.waiting_since = 0.0
+        self.on_output: Callable[[], None] | None = None
         self._guest = guest
         self._faults = faults or Faults()
 
@@ -231,7 +233,19 @@ class FakeOutput:
         assert self._guest.paused, "an epoch's output ends in a pause"
         assert not self.cuts or epoch > self.cuts[-1], "epochs end in order, once each"
         self.cuts.append(epoch)
+        self.waiting_since = 0.0
         self._faults.leave()
+
+    def watch(self, on_output: Callable[[], None]) -> None:
+        self.on_output = on_output
+
+    def send(self, now: float) -> None:
+        """The guest puts something out."""
+        assert not self._guest.paused, "a paused guest has no output"
+        if not self.waiting_since:
+            self.waiting_since = now
+            if self.on_output is not None:
+                self.on_output()
 
     def release(self, epoch: int) -> float | None:
         assert epoch in self.cuts, "released before its end"

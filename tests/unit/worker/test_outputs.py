@@ -105,6 +105,13 @@ class Buffer(EgressBuffer):
 
     def release(self, epoch: int) -> float | None: ...
 
+    def watch(self, on_output: Callable[[], None]) -> None:
+        self.on_output = on_output
+
+    @property
+    def waiting_since(self) -> float:
+        return 7.5
+
     def detach(self) -> None:
         assert self._qemu.status != "running", "the guest is paused meanwhile"
         self._do("detach")
@@ -276,6 +283,9 @@ def test_what_is_armed_can_be_traced(
     armed[0].cut(1)
     armed[0].release(1)
     assert '"nic": "net0"' in (tmp_path / "trace").read_text()
+    armed[0].watch(print)
+    assert Buffer.made[0].on_output is print
+    assert armed[0].waiting_since == 7.5
     assert found.summary()["network"] == [{"nic": "net0"}, {"nic": "net1"}]
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,11 @@ def qemu() -> Iterator[FakeBlocks]:
 
 @pytest.fixture
 def log(qemu: FakeBlocks, tmp_path: Path) -> Iterator[DiskLog]:
-    made = DiskLog(discover.disks(DISKS, qemu)[0], qemu, str(tmp_path), LogSpace(LIMIT))
+    space = LogSpace(LIMIT)
+    made = DiskLog(discover.disks(DISKS, qemu)[0], qemu, str(tmp_path), space)
     yield made
     made.close()
+    space.close()
 
 
 def write(qemu: FakeBlocks, log: DiskLog, sectors: int, fill: bytes = b"x") -> int:
@@ -402,3 +405,76 @@ def test_the_summary_tells_of_the_log(qemu: FakeBlocks, log: DiskLog) -> None:
         "log_peak_bytes": size + more,
         "written_bytes": size + more,
     }
+
+
+# -- output that begins a round ------------------------------------------------------------
+
+
+def eventually(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.0005)
+
+
+def test_the_first_write_after_each_commit_is_told_of(qemu: FakeBlocks, log: DiskLog) -> None:
+    told: list[float] = []
+    log.install()
+    log.watch(lambda: told.append(log.waiting_since))
+    for epoch in range(1, 10):
+        assert log.waiting_since == 0.0
+        before = time.perf_counter()
+        write(qemu, log, 3)
+        write(qemu, log, 1)
+        eventually(lambda: len(told) == epoch)  # noqa: B023
+        assert before <= told[-1] <= time.perf_counter()
+        log.cut(epoch)
+        assert log.waiting_since == 0.0
+        log.release(epoch)  # writes into the file, too, which is no output
+    time.sleep(0.05)
+    assert len(told) == 9
+
+
+def test_a_write_between_cut_and_commit_is_told_of_with_the_commit(
+    qemu: FakeBlocks, log: DiskLog
+) -> None:
+    told: list[int] = []
+    log.install()
+    log.watch(lambda: told.append(1))
+    write(qemu, log, 1)
+    eventually(lambda: told)
+    log.cut(1)
+    write(qemu, log, 1)
+    log.release(1)
+    eventually(lambda: len(told) == 2)
+    assert log.waiting_since > 0
+
+
+def test_what_was_written_before_it_is_watched_is_told_of_at_once(
+    qemu: FakeBlocks, log: DiskLog
+) -> None:
+    told: list[int] = []
+    log.install()
+    write(qemu, log, 1)
+    log.watch(lambda: told.append(1))
+    assert told == [1]
+
+
+def test_a_kernel_that_does_not_tell_is_an_error_with_its_cure(
+    qemu: FakeBlocks, log: DiskLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.install()
+    monkeypatch.setattr("nova_pmt.guest.disk.growth._libc.inotify_init1", lambda _flags: -1)
+    with pytest.raises(exception.DiskLogError) as caught:
+        log.watch(lambda: None)
+    assert "max_user_instances" in caught.value.cure
+
+
+def test_a_log_that_cannot_be_watched_any_more_is_broken(
+    qemu: FakeBlocks, log: DiskLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.install()
+    log.watch(lambda: None)
+    monkeypatch.setattr("nova_pmt.guest.disk.growth._libc.inotify_add_watch", lambda *_: -1)
+    log._notice()  # by us: it is armed again, which fails
+    assert "nobody tells" in log.broken

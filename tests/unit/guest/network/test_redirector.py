@@ -306,6 +306,40 @@ def test_a_cut_is_exact_while_bytes_are_being_moved() -> None:
         assert qemu.got == qemu.sent
 
 
+def test_the_first_packet_after_a_cut_is_told_of_once() -> None:
+    with Qemu(PLENTY) as qemu:
+        told: list[float] = []
+        qemu.stream.on_output = lambda: told.append(qemu.stream.first_at)
+        for number in range(1, 20):
+            began = time.perf_counter()
+            qemu.send([100] * 3, [50])
+            eventually(lambda: len(told) == number, "nobody told of a packet")  # noqa: B023
+            qemu.taken()
+            assert began <= told[-1] <= time.perf_counter()
+            assert qemu.stream.end(number) == told[-1]
+        assert qemu.stream.end(99) == 0.0
+        assert len(told) == 19
+
+
+def test_what_waits_in_the_socket_at_a_cut_is_of_that_epoch() -> None:
+    """Taken for the next one's it would begin a round for nothing."""
+    with Qemu(PLENTY) as qemu:
+        told: list[int] = []
+        qemu.stream.on_output = lambda: told.append(qemu.stream.received)
+        for epoch in range(1, 20):
+            qemu.stream.gate.clear()
+            qemu.send([2000])
+            # (The thread may have been in the middle of a read.)
+            first = qemu.stream.end(epoch)
+            assert first > 0
+            qemu.stream.gate.set()
+            qemu.taken()
+            assert qemu.stream.end(epoch + 100) == 0.0
+        assert len(told) <= 1
+        qemu.send([100])
+        eventually(lambda: told and told[-1] == len(qemu.sent))
+
+
 def test_releases_out_of_order_let_out_what_the_latest_does() -> None:
     with Qemu(PLENTY) as qemu:
         for _ in range(3):

@@ -1,0 +1,149 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What the figures say of the published findings, and of what ``auto`` is to do.
+
+Each finding is a comparison of means of the same run; whether it holds is computed, never typed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from nova_pmt.evaluation.study.figures import Table
+
+#: Scenarios that are I/O-intensive.
+IO = ("database", "disk", "build", "mixed")
+#: The link at which findings that name one are looked at, in Mbit/s.
+GIGABIT = 1000
+#: Of Kemari's pause, at 5,000 dirty pages.
+HEAVY_PAUSE = 1 / 8
+#: Of unprotected throughput in the database scenario.
+DATABASE_SHARE = 0.5
+IDLE_BANDWIDTH, LOADED = 1.2, 1.1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A statement, and whether these figures bear it out.
+
+    :param values: what was compared, for people.
+    :param holds: None where it was not measured.
+    """
+
+    statement: str
+    values: str
+    holds: bool | None
+
+
+def findings(table: Table) -> list[Finding]:
+    """All that can be said of what was measured."""
+    return [finding for part in (_published, _auto, _database) for finding in part(table)]
+
+
+def _compare(
+    table: Table,
+    statement: str,
+    scenario: str,
+    link: int,
+    figure: str,
+    first: str,
+    second: Sequence[str],
+    factor: float = 1.0,
+) -> Finding:
+    """Whether the first's figure is at most ``factor`` of the best (least) of the second's."""
+    one = table.mean(scenario, first, link, figure)
+    others = [table.mean(scenario, name, link, figure) for name in second]
+    known = [value for value in others if value is not None]
+    if one is None or not known:
+        return Finding(statement, "not measured", None)
+    values = f"{first} {one:.3g}, " + ", ".join(
+        f"{name} {value:.3g}"
+        for name, value in zip(second, others, strict=True)
+        if value is not None
+    )
+    return Finding(statement, values, one <= factor * min(known))
+
+
+def _published(table: Table) -> Iterator[Finding]:
+    link = GIGABIT if GIGABIT in table.links else table.links[0]
+    if "idle" in table.scenarios:
+        yield _compare(
+            table,
+            "idle: Kemari sends less than PMT at a fixed interval (Mbit/s)",
+            "idle", link, "mbit_per_s", "kemari", ("pmt",),
+        )  # fmt: skip
+    for scenario in IO:
+        if scenario in table.scenarios:
+            yield _compare(
+                table,
+                f"{scenario}: PMT sends less than Kemari (Mbit/s)",
+                scenario, link, "mbit_per_s", "pmt", ("kemari",),
+            )  # fmt: skip
+    for scenario in table.scenarios:
+        yield _compare(
+            table,
+            f"{scenario}: PMT's pause is shorter than Kemari's (p50, ms)",
+            scenario, link, "pause_p50_ms", "pmt", ("kemari",),
+        )  # fmt: skip
+    if "heavy" in table.scenarios and GIGABIT in table.links:
+        yield _compare(
+            table,
+            "5,000 dirty pages at 1 Gbit/s: PMT's pause is at most 1/8 of Kemari's (p50, ms)",
+            "heavy", GIGABIT, "pause_p50_ms", "pmt", ("kemari",), HEAVY_PAUSE,
+        )  # fmt: skip
+
+
+def _auto(table: Table) -> Iterator[Finding]:
+    link = GIGABIT if GIGABIT in table.links else table.links[0]
+    others = ("pmt", "kemari")
+    for scenario in table.scenarios:
+        if scenario == "idle":
+            yield _compare(
+                table,
+                "idle: auto sends at most 1.2 times what Kemari does (Mbit/s)",
+                scenario, link, "mbit_per_s", "auto", ("kemari",), IDLE_BANDWIDTH,
+            )  # fmt: skip
+            continue
+        for figure, what in (("mbit_per_s", "Mbit/s"), ("pause_p50_ms", "pause p50, ms")):
+            yield _compare(
+                table,
+                f"{scenario}: auto at most 1.1 times the better of both ({what})",
+                scenario, link, figure, "auto", others, LOADED,
+            )  # fmt: skip
+        yield _compare(
+            table,
+            f"{scenario}: auto's output delay is above neither's (p50, ms)",
+            scenario, link, "output_delay_p50_ms", "auto", others,
+        )  # fmt: skip
+
+
+def _database(table: Table) -> Iterator[Finding]:
+    if "database" not in table.scenarios:
+        return
+    for link in table.links:
+        for strategy in table.strategies:
+            share = table.mean("database", strategy, link, "throughput_ratio")
+            yield Finding(
+                f"database, {strategy}, {link_name(link)}: at least half of the unprotected "
+                "throughput",
+                "not measured" if share is None else f"{share:.2f}",
+                None if share is None else share >= DATABASE_SHARE,
+            )
+
+
+def link_name(mbit: int) -> str:
+    """For people."""
+    if not mbit:
+        return "no limit"
+    return f"{mbit // 1000} Gbit/s" if mbit % 1000 == 0 else f"{mbit} Mbit/s"

@@ -1,0 +1,245 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""All combinations, one after the other, and the files that they leave.
+
+``rows.csv`` has the raw rows, a line each as soon as it is measured; ``cache.csv`` the size of the
+cache over time; ``summary.json`` means with intervals of each figure.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nova_pmt import exception
+from nova_pmt.bench.output import fill
+from nova_pmt.bench.report import Report
+from nova_pmt.evaluation.study import figures
+from nova_pmt.evaluation.study.cell import UNPROTECTED, Place, measure
+from nova_pmt.evaluation.study.scenarios import SCENARIOS, Scenario, named
+from nova_pmt.lab import Disk, GuestSpec, Lab, LabGuest, Workload, deployment
+
+STRATEGIES = ("pmt", "kemari", "auto")
+LINKS_MBIT = (100, 1000, 0)
+_IMAGES = "/var/lib/libvirt/images"
+DISK_MIB = 256
+#: Columns of rows.csv; others of a row are lists.
+COLUMNS = (
+    "scenario", "strategy", "link_mbit", "repeat", "per_s", "latency_p50_ms", "latency_p99_ms",
+    "rounds_per_s", "pause_mean_ms", "pause_p50_ms", "pause_p99_ms", "pause_max_ms",
+    "paused_share", "output_delay_p50_ms", "output_delay_p99_ms", "commit_p50_ms",
+    "pages_per_round", "mbit_per_s", "sent_per_dirty_byte", "throttled_rounds",
+    "dropped_packets", "cpu_s_per_gib", "cores", "cache_peak_mib", "standby_mib",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    :param seconds: of each measurement.
+    :param repeats: of each combination; each on a guest that was booted anew.
+    :param links_mbit: limits of the link between the hosts; 0: none.
+    """
+
+    scenarios: Sequence[str] = tuple(scenario.name for scenario in SCENARIOS)
+    strategies: Sequence[str] = STRATEGIES
+    links_mbit: Sequence[int] = LINKS_MBIT
+    seconds: float = 8.0
+    repeats: int = 3
+    interval_ms: float = 20.0
+    memory_mib: int = 256
+
+    def places(self) -> list[Place]:
+        """All combinations in the order in which they are measured: what is compared with each
+        other is measured one right after the other, so that the machine drifts little between."""
+        return [
+            Place(scenario, strategy, link, repeat)
+            for repeat in range(1, self.repeats + 1)
+            for link in self.links_mbit
+            for scenario in named(self.scenarios)
+            for strategy in (UNPROTECTED, *self.strategies)
+        ]
+
+
+#: In under five minutes: what tells the strategies apart.
+QUICK = Options(
+    scenarios=("idle", "uniform", "web", "database"),
+    links_mbit=(1000,),
+    seconds=3.0,
+    repeats=1,
+)
+
+
+class Study:
+    """Measures and writes.
+
+    :param directory: for the files; made if it is not there.
+    """
+
+    def __init__(self, options: Options, directory: Path, report: Report) -> None:
+        self._options = options
+        self._directory = directory
+        self._report = report
+        self.rows: list[dict[str, Any]] = []
+        #: Combinations that could not be measured, and why.
+        self.failures: list[dict[str, Any]] = []
+        self._anew = False  # the guest may be in any state
+
+    def run(self) -> None:
+        """Measure all.
+
+        :raises nova_pmt.exception.PmtError: the lab failed.
+        """
+        options = self._options
+        places = options.places()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with Lab(computes=2, rabbit=False) as lab, self._files() as write:
+            deployment.configure(lab)
+            for number, (place, guest) in enumerate(self._guests(lab, places)):
+                self._report.progress("measurements", number, len(places))
+                try:
+                    row = measure(
+                        place,
+                        guest,
+                        lab.computes[1],
+                        seconds=options.seconds,
+                        interval_ms=options.interval_ms,
+                    )
+                except exception.PmtError as error:
+                    self._report.note(f"not measured: {place.facts()}: {error.message}")
+                    self.failures.append({**place.facts(), "why": error.message})
+                    self._anew = True
+                    continue
+                self.rows.append(row)
+                write(row)
+            self._report.progress("measurements", len(places), len(places))
+
+    def _guests(self, lab: Lab, places: Sequence[Place]) -> Iterator[tuple[Place, LabGuest]]:
+        """Each place with a guest that does what its scenario says, over its link."""
+        guest: LabGuest | None = None
+        group: tuple[int, int] | None = None
+        scenario: Scenario | None = None
+        host = lab.computes[0]
+        try:
+            for place in places:
+                if self._anew or group != (place.repeat, place.link_mbit):
+                    self._anew = False
+                    group = (place.repeat, place.link_mbit)
+                    if guest is not None:
+                        guest.destroy()
+                    guest, scenario = self._boot(lab), None
+                    link = host.link("repl")
+                    link.limit(place.link_mbit) if place.link_mbit else link.unlimit()
+                assert guest is not None
+                if scenario is not place.scenario:
+                    if scenario is not None:
+                        scenario.end(guest)
+                    scenario = place.scenario
+                    scenario.begin(guest)
+                yield place, guest
+        finally:
+            if guest is not None:
+                guest.destroy()
+
+    def _boot(self, lab: Lab) -> LabGuest:
+        disks = (
+            Disk(f"{_IMAGES}/eval.qcow2", DISK_MIB),
+            Disk(f"{_IMAGES}/eval.raw", DISK_MIB, format="raw"),
+        )
+        spec = GuestSpec(
+            "eval",
+            memory_mib=self._options.memory_mib,
+            disks=disks,
+            workload=Workload(console_every=0),
+        )
+        guest = lab.computes[0].boot(spec).wait_ready(120)
+        fill(guest)
+        return guest
+
+    def _files(self) -> Any:
+        return _Files(self._directory)
+
+    def write(self, machine: dict[str, Any]) -> dict[str, Any]:
+        """Write ``summary.json``; returns what is in it.
+
+        :param machine: facts about it, see :func:`nova_pmt.bench.environment.header`.
+        """
+        summary = {
+            "machine": machine,
+            "options": {
+                "scenarios": list(self._options.scenarios),
+                "strategies": list(self._options.strategies),
+                "links_mbit": list(self._options.links_mbit),
+                "seconds": self._options.seconds,
+                "repeats": self._options.repeats,
+                "interval_ms": self._options.interval_ms,
+                "memory_mib": self._options.memory_mib,
+            },
+            "failures": self.failures,
+            "figures": figures.summarise(self.rows),
+        }
+        path = self._directory / "summary.json"
+        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        return summary
+
+
+class _Files:
+    """``rows.csv`` and ``cache.csv``, written line by line."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __enter__(self) -> Any:
+        self._rows = (self._directory / "rows.csv").open("w", newline="", encoding="utf-8")
+        self._cache = (self._directory / "cache.csv").open("w", newline="", encoding="utf-8")
+        rows = csv.DictWriter(self._rows, COLUMNS, extrasaction="ignore")
+        rows.writeheader()
+        cache = csv.writer(self._cache)
+        cache.writerow(("scenario", "strategy", "link_mbit", "repeat", "half_seconds", "mib"))
+
+        def write(row: dict[str, Any]) -> None:
+            rows.writerow(row)
+            place = [row[name] for name in ("scenario", "strategy", "link_mbit", "repeat")]
+            for at, mib in enumerate(row.get("cache_mib", ())):
+                cache.writerow((*place, at, mib))
+            self._rows.flush()
+
+        return write
+
+    def __exit__(self, *exc: object) -> None:
+        self._rows.close()
+        self._cache.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``rows.csv``: numbers are numbers, what is empty is None.
+
+    :raises OSError: it cannot be read.
+    :raises ValueError: it is no such file.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    if found and not {"scenario", "strategy", "link_mbit", "repeat"} <= found[0].keys():
+        raise ValueError(f"{path} has no rows of an evaluation")
+    return [
+        {
+            name: value if name in ("scenario", "strategy") else float(value) if value else None
+            for name, value in row.items()
+        }
+        for row in found
+    ]
