@@ -128,7 +128,7 @@ def wait_ready(process: LabProcess, timeout: float = 60.0) -> None:
     :raises LabError: it ended, or did not get that far in time.
     """
     deadline = time.monotonic() + timeout
-    while READY not in process.tail(1 << 20):
+    while not process.said(READY):
         if not process.alive() or time.monotonic() > deadline:
             raise LabError(f"{process.name} is not ready: {process.tail()}")
         time.sleep(0.05)

@@ -108,6 +108,7 @@ class LabProcess:
         self.name = name
         self.log = log
         self._log_start = log_start
+        self._searched: dict[str, int] = {}  # text to how far the log was looked through for it
         self._nsenter = nsenter
         self.pid, self._pidfd = self._find_child()
 
@@ -165,6 +166,22 @@ class LabProcess:
         """SIGKILL, and wait until it is gone."""
         self.signal(signal.SIGKILL)
         return self.wait(30)
+
+    def said(self, text: str) -> bool:
+        """Whether it has written this to its log, however long ago."""
+        wanted = text.encode()
+        start = self._searched.get(text, self._log_start)
+        try:
+            with self.log.open("rb") as log:
+                log.seek(start)
+                written = log.read()
+        except OSError:
+            return False
+        at = written.find(wanted)
+        if at < 0:
+            at = max(0, len(written) - len(wanted))  # its last part may be the begin of it
+        self._searched[text] = start + at
+        return written.startswith(wanted, at)
 
     def tail(self, size: int = 2000) -> str:
         """The end of what it wrote to its log; nothing of an earlier process of the same name."""

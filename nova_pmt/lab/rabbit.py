@@ -127,7 +127,7 @@ class Rabbit:
                 if self._speaks():
                     return
                 time.sleep(0.05)
-            if time.monotonic() > deadline or _NAME_IN_USE not in process.tail(1 << 16):
+            if time.monotonic() > deadline or not process.said(_NAME_IN_USE):
                 break
             time.sleep(0.5)
             self.restart()

@@ -142,9 +142,12 @@ def test_spawned_process_stops_is_killed_and_tells_its_status(lab):
     assert os.readlink(f"/proc/{process.pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
     with pytest.raises(LabError, match="runs already"):
         host.spawn("service", ["true"])
-    while "hello" not in process.tail():
+    while not process.said("hello"):
         time.sleep(0.01)
     assert process.stop() == 7
+    assert process.said("hello")
+    assert process.said("bye")
+    assert not process.said("hello bye")
     assert process.tail().endswith("bye")
     assert not process.alive()
     assert host.spawn("service", ["sleep", "1000"]).kill() == -signal.SIGKILL

@@ -272,7 +272,7 @@ class Control:
     def wait_conductor(self) -> None:
         """Its first call to a conductor that does not listen yet costs a service ten seconds."""
         process = self._ctl.processes["nova-conductor"]
-        wait_for(lambda: CONDUCTOR_READY in process.tail(1 << 20), "nova-conductor", process.alive)
+        wait_for(lambda: process.said(CONDUCTOR_READY), "nova-conductor", process.alive)
 
     def wait(self, name: str) -> None:
         """Wait until an API answers."""
