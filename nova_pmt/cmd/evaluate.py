@@ -29,6 +29,7 @@ from nova_pmt.evaluation.study.scenarios import SCENARIOS
 from nova_pmt.exception import PmtError
 
 _INTERRUPTED = 130
+_WIDE = 200
 _DATA = Path("doc/source/results/data/evaluation.json")
 _PAGE = Path("doc/source/results/evaluation.md")
 _DESCRIPTION = """\
@@ -180,6 +181,8 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
     }
     options = dataclasses.replace(QUICK if args.quick else Options(), **given)
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    if not out.is_terminal:
+        out.width = _WIDE
     machine = environment.header("evaluation", command, environment.qemu_version())
     status = 1
     with Report(err) as report:
