@@ -41,8 +41,11 @@ _TIMEOUT_S = 60.0
 _MAX_BLOCKS = 1 << 20
 
 
-def echo(guest: LabGuest, seconds: float) -> list[float]:
-    """Milliseconds from each request of 64 bytes until its answer; one connection, one by one."""
+def echo(guest: LabGuest, seconds: float, every_s: float = 0.0) -> list[float]:
+    """Milliseconds from each request of 64 bytes until its answer; one connection, one by one.
+
+    :param every_s: from request to request at least; 0: the next one follows on the answer.
+    """
     data, found = bytes(range(ECHO_BYTES)), []
     with guest.connect(timeout=_TIMEOUT_S) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -50,7 +53,10 @@ def echo(guest: LabGuest, seconds: float) -> list[float]:
         end = time.perf_counter() + seconds
         while (start := time.perf_counter()) < end:
             _exchange(connection, data)
-            found.append((time.perf_counter() - start) * 1e3)
+            taken = time.perf_counter() - start
+            found.append(taken * 1e3)
+            if taken < every_s:
+                time.sleep(every_s - taken)
     return found
 
 

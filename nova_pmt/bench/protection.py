@@ -190,10 +190,12 @@ def protect(
     *,
     interval_ms: float,
     strategy: str = "pmt",
+    more: Mapping[str, float] | None = None,
     primary_env: Mapping[str, str] | None = None,
 ) -> Iterator[Protection]:
     """Protect a guest until the end of the block; hosts are configured (lab.deployment).
 
+    :param more: further options of the pair.
     :param primary_env: added to the primary worker's environment.
     :raises nova_pmt.exception.PmtError: it cannot be protected, or protection ended by itself.
     """
@@ -206,7 +208,11 @@ def protect(
         stack.callback(waiting.worker.stop, END_S)
         ready = waiting.wait("ready", None, READY_S)
         spec = control.PrimarySpec(
-            pair, ready["address"], ready["port"], strategy, {"interval_ms": interval_ms}
+            pair,
+            ready["address"],
+            ready["port"],
+            strategy,
+            {"interval_ms": interval_ms, **(more or {})},
         )
         running = _Side(guest.host, spec, primary_env)
         stack.callback(running.worker.stop, END_S)

@@ -121,6 +121,8 @@ def make_parser() -> argparse.ArgumentParser:
         ("--seconds", float, 1, "of each measurement (8)"),
         ("--repeats", int, 1, "of each combination (3)"),
         ("--interval-ms", float, 5, "of pmt, and the longest wait of auto (20)"),
+        ("--epoch-limit-ms", float, 50, "longest epoch of kemari and auto (1000)"),
+        ("--seed", int, 0, "of the order of strategies (1)"),
         ("--memory-mib", int, 128, "of the guest (256)"),
     ):
         run.add_argument(flag, type=_number(kind, least), metavar="N", help=text)

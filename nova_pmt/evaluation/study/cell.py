@@ -12,8 +12,8 @@
 
 """One combination of scenario, strategy and link, measured: a row.
 
-The worker counts since it began; what is told here is the difference over the measurement, except
-for quantiles, which are over its last 2,048 rounds.
+The worker counts since it began; what is told here is the difference over the measurement. Only
+quantiles are over its last 2,048 rounds, so that the load goes on for a while before it counts.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _Cache:
                 cache = self._protection.stats()["cache"]
             except Exception:  # noqa: BLE001 - protection has ended: whoever measures is told
                 return
-            self.used_mib.append(cache["backed_mib"])
+            self.used_mib.append(cache["used_mib"])
 
     def close(self) -> list[float]:
         self._end.set()
@@ -87,7 +87,13 @@ class _Cache:
 
 
 def measure(
-    place: Place, guest: LabGuest, standby: LabHost, *, seconds: float, interval_ms: float
+    place: Place,
+    guest: LabGuest,
+    standby: LabHost,
+    *,
+    seconds: float,
+    interval_ms: float,
+    epoch_limit_ms: float,
 ) -> dict[str, Any]:
     """The row; the guest runs, its background too, and hosts are configured (lab.deployment).
 
@@ -96,8 +102,14 @@ def measure(
     if place.strategy == UNPROTECTED:
         work = place.scenario.drive(guest, seconds)
         return {**place.facts(), **_work(work)}
-    with protect(guest, standby, interval_ms=interval_ms, strategy=place.strategy) as protection:
-        time.sleep(SETTLE_S)
+    with protect(
+        guest,
+        standby,
+        interval_ms=interval_ms,
+        strategy=place.strategy,
+        more={"epoch_limit_ms": epoch_limit_ms},
+    ) as protection:
+        place.scenario.drive(guest, SETTLE_S)
         workers = {
             "primary": protection.primary_pid,
             "standby": protection.standby_pid,
@@ -105,19 +117,21 @@ def measure(
         before, start = protection.stats(), time.monotonic()
         usage, cache = Usage(workers), _Cache(protection)
         work = place.scenario.drive(guest, seconds)
-        cores = usage.cores()
-        backed = cache.close()
+        cores, driven_s = usage.cores(), time.monotonic() - start
+        used = cache.close()
         after, elapsed = protection.stats(), time.monotonic() - start
-        standby_mib = _resident_bytes(protection.standby_pid) / MIB
+        standby_mib = _own_bytes(protection.standby_pid) / MIB
     row = {**place.facts(), **_work(work), **_rounds(before, after, elapsed)}
-    used_s = (cores.get("primary", 0.0) + cores.get("standby", 0.0)) * elapsed
+    if work.per_s:
+        row["kib_per_work"] = round(row["mbit_per_s"] * 1e6 / 8 / 1024 / work.per_s, 3)
+    used_s = (cores.get("primary", 0.0) + cores.get("standby", 0.0)) * driven_s
     sent_gib = (after["sent_bytes"] - before["sent_bytes"]) / GIB
     return {
         **row,
         "cpu_s_per_gib": round(used_s / sent_gib, 3) if sent_gib > 1e-3 else None,
         "cores": round(cores.get("primary", 0.0) + cores.get("standby", 0.0), 3),
-        "cache_peak_mib": max(backed, default=0.0),
-        "cache_mib": backed,
+        "cache_peak_mib": max(used, default=0.0),
+        "cache_mib": used,
         "standby_mib": round(standby_mib, 1),
     }
 
@@ -154,7 +168,8 @@ def _rounds(
         "mbit_per_s": round(sent * 8 / 1e6 / elapsed_s, 3),
         "sent_per_dirty_byte": round(sent / dirty, 4) if dirty else None,
         "throttled_rounds": after["throttled_rounds"] - before["throttled_rounds"],
-        "dropped_packets": sum(nic["dropped_packets"] for nic in after["network"]),
+        "dropped_packets": _dropped(after) - _dropped(before),
+        "rounds": rounds,
     }
 
 
@@ -162,8 +177,13 @@ def _sum(stats: Mapping[str, Any], histogram: str) -> float:
     return float(stats["histograms"][histogram]["sum"])
 
 
-def _resident_bytes(pid: int) -> int:
+def _dropped(stats: Mapping[str, Any]) -> int:
+    return sum(nic["dropped_packets"] for nic in stats["network"])
+
+
+def _own_bytes(pid: int) -> int:
+    """Memory of a process's own: not the guest's, which a standby's worker maps."""
     for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0

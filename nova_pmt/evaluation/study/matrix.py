@@ -20,10 +20,13 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import libvirt
 
 from nova_pmt import exception
 from nova_pmt.bench.output import fill
@@ -42,8 +45,8 @@ COLUMNS = (
     "scenario", "strategy", "link_mbit", "repeat", "per_s", "latency_p50_ms", "latency_p99_ms",
     "rounds_per_s", "pause_mean_ms", "pause_p50_ms", "pause_p99_ms", "pause_max_ms",
     "paused_share", "output_delay_p50_ms", "output_delay_p99_ms", "commit_p50_ms",
-    "pages_per_round", "mbit_per_s", "sent_per_dirty_byte", "throttled_rounds",
-    "dropped_packets", "cpu_s_per_gib", "cores", "cache_peak_mib", "standby_mib",
+    "rounds", "pages_per_round", "mbit_per_s", "kib_per_work", "sent_per_dirty_byte",
+    "throttled_rounds", "dropped_packets", "cpu_s_per_gib", "cores", "cache_peak_mib", "standby_mib",
 )  # fmt: skip
 
 
@@ -54,6 +57,8 @@ class Options:
     :param seconds: of each measurement.
     :param repeats: of each combination; each on a guest that was booted anew.
     :param links_mbit: limits of the link between the hosts; 0: none.
+    :param epoch_limit_ms: short enough that a measurement has some such epochs.
+    :param seed: of the order of strategies.
     """
 
     scenarios: Sequence[str] = tuple(scenario.name for scenario in SCENARIOS)
@@ -62,18 +67,22 @@ class Options:
     seconds: float = 8.0
     repeats: int = 3
     interval_ms: float = 20.0
+    epoch_limit_ms: float = 1000.0
+    seed: int = 1
     memory_mib: int = 256
 
     def places(self) -> list[Place]:
         """All combinations in the order in which they are measured: what is compared with each
-        other is measured one right after the other, so that the machine drifts little between."""
-        return [
-            Place(scenario, strategy, link, repeat)
-            for repeat in range(1, self.repeats + 1)
-            for link in self.links_mbit
-            for scenario in named(self.scenarios)
-            for strategy in (UNPROTECTED, *self.strategies)
-        ]
+        other one right after the other, so that the machine drifts little between, and in an order
+        drawn each time, so that no strategy is always the first."""
+        draw, found = random.Random(self.seed), []
+        for repeat in range(1, self.repeats + 1):
+            for link in self.links_mbit:
+                for scenario in named(self.scenarios):
+                    strategies = [UNPROTECTED, *self.strategies]
+                    draw.shuffle(strategies)
+                    found += [Place(scenario, name, link, repeat) for name in strategies]
+        return found
 
 
 #: In under five minutes: what tells the strategies apart.
@@ -108,6 +117,7 @@ class Study:
         options = self._options
         places = options.places()
         self._directory.mkdir(parents=True, exist_ok=True)
+        (self._directory / "summary.json").unlink(missing_ok=True)  # of what was measured before
         with Lab(computes=2, rabbit=False) as lab, self._files() as write:
             deployment.configure(lab)
             for number, (place, guest) in enumerate(self._guests(lab, places)):
@@ -119,10 +129,12 @@ class Study:
                         lab.computes[1],
                         seconds=options.seconds,
                         interval_ms=options.interval_ms,
+                        epoch_limit_ms=options.epoch_limit_ms,
                     )
-                except exception.PmtError as error:
-                    self._report.note(f"not measured: {place.facts()}: {error.message}")
-                    self.failures.append({**place.facts(), "why": error.message})
+                except (exception.PmtError, OSError, libvirt.libvirtError) as error:
+                    why = getattr(error, "message", "") or str(error)
+                    self._report.note(f"not measured: {place.facts()}: {why}")
+                    self.failures.append({**place.facts(), "why": why})
                     self._anew = True
                     continue
                 self.rows.append(row)
@@ -188,13 +200,17 @@ class Study:
                 "seconds": self._options.seconds,
                 "repeats": self._options.repeats,
                 "interval_ms": self._options.interval_ms,
+                "epoch_limit_ms": self._options.epoch_limit_ms,
+                "seed": self._options.seed,
                 "memory_mib": self._options.memory_mib,
             },
+            "complete": len(self.rows) == len(self._options.places()),
             "failures": self.failures,
             "figures": figures.summarise(self.rows),
         }
-        path = self._directory / "summary.json"
-        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        part = self._directory / "summary.json.part"
+        part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        part.replace(self._directory / "summary.json")
         return summary
 
 
@@ -218,6 +234,7 @@ class _Files:
             for at, mib in enumerate(row.get("cache_mib", ())):
                 cache.writerow((*place, at, mib))
             self._rows.flush()
+            self._cache.flush()
 
         return write
 

@@ -41,7 +41,11 @@ _COLUMNS = (
     ("output_delay_p50_ms", "output delay p50 ms"),
     ("rounds_per_s", "rounds/s"),
     ("pages_per_round", "pages a round"),
-    ("mbit_per_s", "Mbit/s"),
+    ("rounds", "rounds"),
+    ("throttled_rounds", "throttled"),
+    ("dropped_packets", "dropped"),
+    ("mbit_per_s", "sent Mbit/s"),
+    ("kib_per_work", "sent KiB a unit"),
     ("sent_per_dirty_byte", "sent per dirty byte"),
     ("cpu_s_per_gib", "CPU s/GiB"),
     ("cache_peak_mib", "cache MiB"),
@@ -55,7 +59,11 @@ def page(summary: Mapping[str, Any]) -> str:
     :raises KeyError: it is no summary of an evaluation.
     """
     table = Table(summary["figures"])
-    parts = [_HEAD, _facts(summary), "## What it shows\n\n" + _findings(table)]
+    if not summary["complete"]:
+        head = _HEAD + "\n**Not all was measured.**\n"
+    else:
+        head = _HEAD
+    parts = [head, _facts(summary), "## What it shows\n\n" + _findings(table)]
     if summary["failures"]:
         parts.append("## What could not be measured\n\n" + _failures(summary["failures"]))
     parts.append("## Pictures\n\n" + _pictures())
@@ -69,8 +77,10 @@ def _facts(summary: Mapping[str, Any]) -> str:
     machine, options = summary["machine"], summary["options"]
     load = ", ".join(str(value) for value in machine["load_average"])
     return (
-        f"Each measurement {options['seconds']:g} s, {options['repeats']} repeats, each on a guest "
-        f"of {options['memory_mib']} MiB booted anew; `interval_ms` {options['interval_ms']:g}.\n"
+        f"Each measurement {options['seconds']:g} s, {options['repeats']} repeats, on a guest of "
+        f"{options['memory_mib']} MiB, booted anew for each repeat and link; `interval_ms` "
+        f"{options['interval_ms']:g}, `epoch_limit_ms` {options['epoch_limit_ms']:g}; strategies "
+        f"in an order drawn with seed {options['seed']}.\n"
         f"Command: `{shlex.join(machine['command'])}`, {machine['date'][:10]}; "
         f"{machine['cpus']} CPUs ({machine['cpu_model']}), Linux {machine['kernel']}, "
         f"QEMU {machine['qemu']}, Python {machine['python']}, load average {load}.\n"

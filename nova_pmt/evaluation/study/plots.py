@@ -26,7 +26,7 @@ from nova_pmt.evaluation.study.findings import link_name
 PLOTS = (
     ("pause_p50_ms", "pause p50, ms", True),
     ("output_delay_p50_ms", "output delay p50, ms", True),
-    ("mbit_per_s", "on the wire, Mbit/s", True),
+    ("mbit_per_s", "sent (before TLS), Mbit/s", True),
     ("throughput_ratio", "throughput, of unprotected", False),
     ("paused_share", "share of time paused", False),
 )
