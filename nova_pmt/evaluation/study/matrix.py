@@ -46,7 +46,8 @@ COLUMNS = (
     "rounds_per_s", "pause_mean_ms", "pause_p50_ms", "pause_p99_ms", "pause_max_ms",
     "paused_share", "output_delay_p50_ms", "output_delay_p99_ms", "commit_p50_ms",
     "rounds", "pages_per_round", "mbit_per_s", "kib_per_work", "sent_per_dirty_byte",
-    "throttled_rounds", "dropped_packets", "cpu_s_per_gib", "cores", "cache_peak_mib", "standby_mib",
+    "throttled_rounds", "dropped_packets", "cpu_s_per_gib", "cores", "cache_peak_mib",
+    "standby_mib",
 )  # fmt: skip
 
 
