@@ -33,7 +33,7 @@ openstack-demo: openstack-setup ## A real Nova: protect a server, kill its host,
 	@mkdir -p build/openstack-demo
 	$(OPENSTACK_BIN)/nova-pmt-lab openstack-demo $(OPENSTACK_DEMO_ARGS)
 
-openstack-test: openstack-setup ## Tests against a real Nova, as root (15 minutes)
+openstack-test: openstack-setup ## Tests against a real Nova, as root (40 minutes)
 	@mkdir -p build/test
 	$(OPENSTACK_BIN)/pytest tests/integration --durations=10 --junitxml=build/test/junit-openstack.xml $(PYTEST_ARGS)
 

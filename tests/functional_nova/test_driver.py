@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from nova.virt import hardware
 
 from nova_pmt import exception
 from nova_pmt.openstack import policy
+from nova_pmt.openstack.nova import driver as driver_module
 from nova_pmt.openstack.nova import private
 from nova_pmt.openstack.nova.driver import PMTDriver
 from nova_pmt.openstack.nova.standbys import Note
@@ -421,8 +423,9 @@ def test_events_of_checkpoints_are_dropped_and_all_others_pass(driver: PMTDriver
     [(("free", ""), 1), (("unknown", ""), 1), (("elsewhere", "a"), 0), (("open", "a"), 0)],
 )
 def test_nova_does_not_hear_that_a_guest_ended_which_goes_on_elsewhere(
-    driver: PMTDriver, verdict: tuple[str, str], passes: int
+    driver: PMTDriver, monkeypatch: pytest.MonkeyPatch, verdict: tuple[str, str], passes: int
 ) -> None:
+    monkeypatch.setattr(driver_module, "DECIDED_S", 0.0)
     driver.agent.roles[SERVER] = "primary"
     driver.agent.verdicts = verdict
     passed: list[Any] = []
@@ -430,6 +433,22 @@ def test_nova_does_not_hear_that_a_guest_ended_which_goes_on_elsewhere(
     driver.emit_event(virtevent.LifecycleEvent(SERVER, virtevent.EVENT_LIFECYCLE_STOPPED))
     settle()
     assert len(passed) == passes
+
+
+def test_nova_hears_of_a_shutdown_from_inside_once_that_is_decided(
+    driver: PMTDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_module, "DECIDING_S", 0.01)
+    driver.agent.roles[SERVER] = "primary"
+    driver.agent.verdicts = ("open", "a")
+    passed: list[Any] = []
+    driver.register_event_listener(passed.append)
+    driver.emit_event(virtevent.LifecycleEvent(SERVER, virtevent.EVENT_LIFECYCLE_STOPPED))
+    time.sleep(0.1)
+    assert not passed
+    driver.agent.verdicts = ("free", "")
+    settle()
+    assert len(passed) == 1
 
 
 def settle() -> None:

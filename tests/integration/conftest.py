@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 #: For one test; two cores are the whole data centre, and others may use them, too.
 LIMIT_S = 1800
+LOGS = Path("build/test/openstack-logs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,8 +51,14 @@ def cloud() -> Iterator[Cloud]:
     from nova_pmt.lab import Lab
     from nova_pmt.lab.openstack import Cloud
 
-    with Lab(computes=2) as lab, Cloud(lab, say=print) as running:
-        yield running
+    with Lab(computes=2) as lab:
+        try:
+            with Cloud(lab, say=print) as running:
+                yield running
+        finally:
+            # They go with the lab, and a failure has to be understood.
+            shutil.rmtree(LOGS, ignore_errors=True)
+            shutil.copytree(lab.directory / "logs", LOGS)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any
 
 from nova_pmt.exception import LabError
@@ -56,6 +57,17 @@ class Protected:
         """Until it has a status."""
         return self.cloud.wait_server(self.uuid, status, host, STEP_S)
 
+    def wait_on(self, host: str) -> Any:
+        """Until Nova has it ACTIVE there; it may be in ERROR before: managers try again."""
+        deadline = time.monotonic() + STEP_S
+        while True:
+            server = self.cloud.ask_server(self.uuid, STEP_S)
+            seen = (server.status, server.task_state, server.compute_host)
+            if seen == ("ACTIVE", None, host):
+                return server
+            assert time.monotonic() < deadline, seen
+            time.sleep(0.25)
+
     def wait_protected(self) -> None:
         """Until it is ACTIVE, answers, and has a standby that its host sends checkpoints to."""
         self.wait()
@@ -97,6 +109,15 @@ class Protected:
                 found[host.name] = done.stdout.strip()
         return found
 
+    def running(self) -> list[str]:
+        """Hosts on which it runs; it stands still for each checkpoint, so it is looked at anew."""
+        deadline = time.monotonic() + STEP_S
+        while True:
+            found = [host for host, state in self.domains().items() if state == "running"]
+            if found or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
+
     def sound(self) -> bool:
         """It is protected now."""
         with contextlib.suppress(Exception):
@@ -112,6 +133,8 @@ class Protected:
 
     def remove(self) -> None:
         """Delete it, whatever state it is in."""
-        with contextlib.suppress(LabError):
+        from openstack.exceptions import SDKException
+
+        with contextlib.suppress(LabError, SDKException):
             self.cloud.admin.compute.delete_server(self.uuid, force=True)
             self.cloud.wait_gone(self.uuid, STEP_S)

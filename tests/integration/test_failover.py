@@ -33,7 +33,7 @@ def test_host_dies(cloud: Cloud, web: Protected) -> None:
         killed = time.monotonic()
         first.power_off(silent=True)
         talker.wait_answer(killed, STEP_S)
-        moved = web.wait(host=second.name)
+        moved = web.wait_on(second.name)
         assert cloud.address(moved) == address
         assert web.guest().boot_id() == boot
         deadline = time.monotonic() + STEP_S

@@ -26,7 +26,7 @@ from nova_pmt.lab.openstack.cloud import Cloud
 #: Our driver's notes of standby servers, by host; the directories stay.
 _NOTES = "pmt-standbys"
 #: What Nova itself keeps among the instances, and that directory.
-_KEPT = frozenset({"_base", "locks", "compute_nodes", ".snapshots", _NOTES})
+_KEPT = frozenset({"_base", "locks", "compute_nodes", "snapshots", _NOTES})
 _STATE = "/var/lib/nova_pmt"
 
 

@@ -221,6 +221,7 @@ def nova(host: LabHost, account: Account, transport_url: str) -> Settings:
             "heal_instance_info_cache_interval": -1,
             "sync_power_state_interval": 30,
             "instance_delete_interval": 10,
+            "shutdown_timeout": 5,  # the guests do not hear of it
         },
         "keystone_authtoken": _authtoken(account),
         "service_user": {"send_service_user_token": True, **account.options()},

@@ -58,6 +58,9 @@ _PAUSE_ATTEMPTS, _PAUSE_EVERY_S = 200, 0.01
 _FREE_STEP_MIB = 64
 #: A host that boots waits so long for managers that say whether its servers run elsewhere.
 _BOOT_S, _BOOT_EVERY_S = 60.0, 2.0
+#: A guest that has ended may have been shut down from inside, or have a standby that is about to go
+#: on: how long that may take to be decided, and how often is asked, in seconds.
+DECIDED_S, DECIDING_S = 60.0, 1.0
 _CHECKPOINTS = frozenset({virtevent.EVENT_LIFECYCLE_PAUSED, virtevent.EVENT_LIFECYCLE_RESUMED})
 
 
@@ -596,7 +599,11 @@ class PMTDriver(private.Seams):
         where it was evacuated to.
         """
         uuid = event.get_instance_uuid()
+        deadline = time.monotonic() + DECIDED_S
         verdict, host = self.agent.verdict(uuid)
+        while verdict == "open" and time.monotonic() < deadline:
+            time.sleep(DECIDING_S)  # its standby may be about to go on; or it was shut down
+            verdict, host = self.agent.verdict(uuid)
         if verdict in ("open", "elsewhere"):
             LOG.info("%s has ended here and goes on, or may, on %s", uuid, host)
             return
