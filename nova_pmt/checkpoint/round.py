@@ -596,7 +596,7 @@ class Checkpointer:
             raise
         self._sink.go_on()
         if resume:
-            faultpoint.reach("round.resumed")
+            self._resumed()
         pause_pages = len(pages)
         self._pause_pages_peak = max(float(pause_pages), self._pause_pages_peak * 0.9)
         if not complete:
@@ -623,6 +623,10 @@ class Checkpointer:
         finally:
             self._standing = False
         self._sink.hold()
+
+    @staticmethod
+    def _resumed() -> None:
+        faultpoint.reach("round.resumed")
 
     def capture_and_commit(self) -> float:
         """A pause that lasts until the standby has committed (Kemari): capture, transfer, commit.
@@ -654,7 +658,7 @@ class Checkpointer:
         finally:
             self.standing = False
         self._let_run()
-        faultpoint.reach("round.resumed")
+        self._resumed()
         self._record(checkpoint, self._clock())
         return checkpoint.times.start
 
