@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
         "run", help="measure", description=_RUN, epilog=_EXAMPLES, formatter_class=form
     )
     run.add_argument(
-        "--quick", action="store_true", help="four scenarios, one link, once: under five minutes"
+        "--quick", action="store_true", help="three scenarios, one link, once: under five minutes"
     )
     run.add_argument(
         "--scenarios",

@@ -107,10 +107,10 @@ def configured(lab: Lab, request: pytest.FixtureRequest) -> Iterator[tuple[Lab, 
 @pytest.mark.timeout(300)
 def test_no_answered_request_is_lost(configured: tuple[Lab, str], tmp_path: Path) -> None:
     lab, strategy = configured
-    campaign = Campaign(lab, Options(trials=5, seed=611, strategy=strategy), tmp_path)
+    campaign = Campaign(lab, Options(trials=3, seed=611, strategy=strategy), tmp_path)
     campaign.run()
     summary = campaign.write({})
     assert [result.problems for result in campaign.results if result.problems] == []
     wrong = ("lost", "repeated", "broken_connections", "image_mismatches", "image_check_errors")
     assert {key: summary[key] for key in wrong} == dict.fromkeys(wrong, 0)
-    assert summary["failovers"] >= 2
+    assert summary["failovers"] >= 1

@@ -88,7 +88,7 @@ class Options:
 
 #: In under five minutes: what tells the strategies apart.
 QUICK = Options(
-    scenarios=("idle", "uniform", "web", "database"),
+    scenarios=("idle", "web", "database"),
     links_mbit=(1000,),
     seconds=3.0,
     repeats=1,
