@@ -230,6 +230,7 @@ def _numbers(role: str, stats: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         "cache MiB used/backed/limit",
         (f"{_two(stats, 'cache', 'used_mib', 'backed_mib')}/{number(stats, 'cache', 'limit_mib')}"),
     )
+    yield "delta cache MiB", number(stats, "delta_cache_mib")
     yield "last commit", f"{number(stats, 'last_commit_age_ms', digits=0)} ms ago"
 
 

@@ -54,6 +54,17 @@ milliseconds. Not waited for when the primary's worker reports that its QEMU die
 """,
     ),
     cfg.IntOpt(
+        "delta_cache_mib",
+        default=64,
+        min=0,
+        max=65536,
+        help="""
+Most memory, in MiB, that a primary's worker uses for copies of what it sent of pages that are
+written often, to send only what changes in them. Where that costs more time than it saves it is
+left off for a while. 0: whole pages are sent.
+""",
+    ),
+    cfg.IntOpt(
         "connect_timeout_s",
         default=30,
         min=1,

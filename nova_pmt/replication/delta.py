@@ -12,9 +12,10 @@
 
 """What changed, in words of 8 bytes: for pages, and the device state, that hardly changed.
 
-An idle guest rewrites the same thirty pages again and again, and nearly nothing in them. The
-primary keeps what it sent of such pages; the standby has it in its image. Both ends of a delta are
-checked by the checkpoint's checksum, which covers whole pages and the whole device state.
+Most programs change a few words of a page and not all 4,096 bytes, and an idle guest rewrites the
+same thirty pages again and again. The primary keeps what it sent of hot pages, in bounded memory;
+the standby has it in its image. Both ends of a delta are checked by the checkpoint's checksum,
+which covers whole pages and the whole device state.
 """
 
 from __future__ import annotations
@@ -28,71 +29,134 @@ from nova_pmt.checkpoint.interfaces import PAGE_SIZE, PageNumbers, Pages
 
 WORD_BYTES = 8
 PAGE_WORDS = PAGE_SIZE // WORD_BYTES
-#: Pages that the primary keeps: 8 MiB.
-BASE_PAGES = 2048
 #: Bytes for each page (number, count) and for each word (value, place) of a delta.
 PAGE_BYTES, CHANGE_BYTES = 8 + 2, 8 + 2
 #: The same of a device state, whose places need more bits.
 STATE_CHANGE_BYTES = 8 + 4
 #: A delta is worth it up to this share of the whole.
 WORTH = 0.5
+#: What sending a byte costs our thread at least: TLS takes 2 ms for a megabyte on a small machine.
+SENDING_S_PER_BYTE = 2e-9
+#: An epoch says whether deltas pay when so many pages were tried.
+JUDGED_PAGES = 128
+#: Epochs without deltas after one in which they did not pay.
+FIRST_REST, LONGEST_REST = 8, 512
 
 Words = npt.NDArray[np.uint64]
 Places = npt.NDArray[Any]
 
 
 class Base:
-    """The primary's copies of pages as the standby's image will have them at the next commit."""
+    """The primary's copies of pages as the standby's image will have them at the next commit.
 
-    def __init__(self, page_count: int) -> None:
-        self._slot_of: npt.NDArray[np.int32] = np.full(page_count, -1, np.int32)
-        self._pages: Pages = np.zeros((BASE_PAGES, PAGE_SIZE), np.uint8)
-        self._used = 0
+    A page has one place, by its number, which it shares with others: what is written more often
+    stays longer, and nothing has to be searched.
+
+    :param page_count: of the guest.
+    :param limit_pages: most that is kept.
+    """
+
+    def __init__(self, page_count: int, limit_pages: int) -> None:
+        self.limit_pages = max(1, min(page_count, limit_pages))
+        self._owner: PageNumbers = np.full(self.limit_pages, -1, np.int64)
+        # Backed by memory as pages come.
+        self._pages: Pages = np.zeros((self.limit_pages, PAGE_SIZE), np.uint8)
 
     def forget(self, numbers: PageNumbers) -> None:
         """These are sent whole, and not for the last time in their epoch, or not kept."""
-        self._slot_of[numbers] = -1
+        places = numbers % self.limit_pages
+        self._owner[places[self._owner[places] == numbers]] = -1
 
     def known(self, numbers: PageNumbers) -> npt.NDArray[np.bool_]:
         """Which of these have a copy here."""
-        return self._slot_of[numbers] >= 0
+        found: npt.NDArray[np.bool_] = self._owner[numbers % self.limit_pages] == numbers
+        return found
 
     def keep(self, numbers: PageNumbers, data: Pages) -> None:
         """These are sent for the last time in their epoch: what the next delta starts from."""
-        slots = self._slot_of[numbers]
-        fresh = slots < 0
-        count = int(np.count_nonzero(fresh))
-        if self._used + count > BASE_PAGES:
-            self._slot_of[:] = -1  # anew: copies of pages that are not written any more go, too
-            self._used = 0
-            slots = np.full(len(numbers), -1, np.int32)
-            fresh, count = slots < 0, len(numbers)
-        slots[fresh] = np.arange(self._used, self._used + count, dtype=np.int32)
-        self._used += count
-        self._slot_of[numbers] = slots
-        self._pages[slots] = data
+        places = numbers % self.limit_pages
+        self._owner[places] = numbers
+        kept = self._owner[places] == numbers  # of those that share a place, one
+        if kept.all():
+            self._pages[places] = data
+        else:
+            self._pages[places[kept]] = data[kept]
 
-    def encode(self, numbers: PageNumbers, data: Pages) -> bytes | None:
-        """The changes of pages that are all known; None when whole pages are hardly more.
+    @property
+    def kept_pages(self) -> int:
+        """How many pages have a copy here."""
+        return int(np.count_nonzero(self._owner >= 0))
+
+    def encode(self, numbers: PageNumbers, data: Pages) -> tuple[npt.NDArray[np.bool_], bytes]:
+        """The changes of pages that are all known.
 
         Layout: numbers (int64), changed words (uint64) of one page after the other, changes of
         each page (uint16), place of each word in its page (uint16); all little endian.
+
+        :returns: which of the pages are worth a delta, and the delta of those.
         """
-        old = self._pages[self._slot_of[numbers]].view(np.uint64)
         new = np.ascontiguousarray(data).view(np.uint64)
-        changed = old != new
+        changed = self._pages[numbers % self.limit_pages].view(np.uint64) != new
+        counts = np.count_nonzero(changed, axis=1)
+        worth: npt.NDArray[np.bool_] = PAGE_BYTES + counts * CHANGE_BYTES <= WORTH * PAGE_SIZE
+        if not worth.all():
+            numbers, new, changed, counts = (
+                numbers[worth],
+                new[worth],
+                changed[worth],
+                counts[worth],
+            )
         places = np.flatnonzero(changed)
-        size = len(numbers) * PAGE_BYTES + len(places) * CHANGE_BYTES
-        if size > WORTH * data.nbytes:
-            return None
-        return b"".join(
+        return worth, b"".join(
             (
                 numbers.astype("<i8", copy=False).tobytes(),
                 new.reshape(-1)[places].astype("<u8", copy=False).tobytes(),
-                changed.sum(axis=1).astype("<u2").tobytes(),
+                counts.astype("<u2").tobytes(),
                 (places % PAGE_WORDS).astype("<u2").tobytes(),
             )
         )
+
+
+class Gate:
+    """Whether deltas are tried: not where they cost more time than they save.
+
+    Decided once an epoch. After one in which they did not pay no copies are kept for a number of
+    epochs, which doubles each time; then one only keeps them, and the next tries again.
+    """
+
+    def __init__(self) -> None:
+        self._epoch = 0
+        self._spent_s = 0.0
+        self._saved_bytes = 0
+        self._pages = 0
+        self._rest = 0  # epochs for which nothing is tried
+        self._pause = FIRST_REST
+        self.keeps = self.tries = True
+
+    def begin(self, epoch: int) -> None:
+        """Frames of this epoch come now."""
+        if epoch == self._epoch:
+            return
+        self._epoch = epoch
+        if self._rest:
+            self._rest -= 1
+            self.keeps = self._rest == 0
+            self.tries = False
+        elif not self.tries:
+            self.tries = True
+        elif self._pages >= JUDGED_PAGES:
+            if self._spent_s > self._saved_bytes * SENDING_S_PER_BYTE:
+                self._rest, self._pause = self._pause, min(2 * self._pause, LONGEST_REST)
+                self.keeps = self.tries = False
+            else:
+                self._pause = FIRST_REST
+        self._spent_s, self._saved_bytes, self._pages = 0.0, 0, 0
+
+    def count(self, pages: int, spent_s: float, saved_bytes: int) -> None:
+        """Deltas of so many pages were tried."""
+        self._pages += pages
+        self._spent_s += spent_s
+        self._saved_bytes += saved_bytes
 
 
 def decode(payload: memoryview, count: int) -> tuple[PageNumbers, Places, Places, Words]:

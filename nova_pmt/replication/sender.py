@@ -18,16 +18,19 @@ are computed in the link's thread as frames begin, so the thread of the pauses h
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from nova_pmt import exception
-from nova_pmt.checkpoint.interfaces import PageNumbers, Pages
+from nova_pmt.checkpoint.interfaces import PAGE_SIZE, PageNumbers, Pages
 from nova_pmt.replication import delta
-from nova_pmt.replication.delta import Base
+from nova_pmt.replication.delta import Base, Gate
 from nova_pmt.replication.link import Buffers, Link
 from nova_pmt.replication.protocol import (
+    NUMBER_BYTES,
     STATE_IS_DELTA,
     Digest,
     Header,
@@ -36,8 +39,8 @@ from nova_pmt.replication.protocol import (
     receipt_of,
 )
 
-#: Pages of an epoch, or of the rest of one, for which deltas are worth looking for.
-DELTA_PAGES = 128
+#: A page that is sent whole.
+PAGE_BYTES_SENT = NUMBER_BYTES + PAGE_SIZE
 
 
 class _PagesFrame:
@@ -48,30 +51,47 @@ class _PagesFrame:
         data: Pages,
         sent: Callable[[], None] | None,
         digest: Digest,
-        base: Base,
+        base: Base | None,
+        gate: Gate,
     ) -> None:
         self._epoch, self._numbers, self._data = epoch, numbers, data
-        self._sent, self._digest, self._base = sent, digest, base
+        self._sent, self._digest, self._base, self._gate = sent, digest, base, gate
 
     def begin(self) -> Buffers:
-        numbers, data, base = self._numbers, self._data, self._base
-        if self._sent is not None or len(numbers) > DELTA_PAGES:
+        numbers, data, base, gate = self._numbers, self._data, self._base, self._gate
+        gate.begin(self._epoch)
+        if base is None or self._sent is not None or not gate.keeps:
             # Sent ahead of the pause these may be sent again, and then the standby does not have
             # them in its image yet.
-            base.forget(numbers)
+            if base is not None:
+                base.forget(numbers)
             return self._whole(numbers, data)
-        known = base.known(numbers)
         parts: Buffers = []
-        if known.any():
-            changes = base.encode(numbers[known], data[known])
-            if changes is None:
-                known[:] = False
-            else:
-                parts += self._delta(numbers[known], data[known], changes)
-        if not known.all():
-            parts += self._whole(numbers[~known], np.ascontiguousarray(data[~known]))
+        if gate.tries:
+            start = time.perf_counter()
+            small, changes = self._changes(base)
+            if len(changes):
+                parts += self._delta(numbers[small], data[small], changes)
+        else:
+            small = np.zeros(len(numbers), np.bool_)
+        if not small.any():
+            parts += self._whole(numbers, data)
+        elif not small.all():
+            parts += self._whole(numbers[~small], np.ascontiguousarray(data[~small]))
         base.keep(numbers, data)
+        if gate.tries:
+            saved = int(np.count_nonzero(small)) * PAGE_BYTES_SENT - len(changes)
+            gate.count(len(numbers), time.perf_counter() - start, saved)
         return parts
+
+    def _changes(self, base: Base) -> tuple[npt.NDArray[np.bool_], bytes]:
+        """Which pages hardly changed since they were sent last, and their changes."""
+        small = base.known(self._numbers)
+        if not small.any():
+            return small, b""
+        worth, changes = base.encode(self._numbers[small], self._data[small])
+        small[small] = worth
+        return small, changes
 
     def _whole(self, numbers: PageNumbers, data: Pages) -> Buffers:
         places, contents = numbers.astype("<i8", copy=False).tobytes(), data.data.cast("B")
@@ -140,12 +160,15 @@ class Sender:
     """See the module's text.
 
     :param page_count: of the guest.
+    :param delta_pages: of how many pages copies are kept to send only what changes in them; 0:
+        whole pages are sent.
     """
 
-    def __init__(self, link: Link, page_count: int) -> None:
+    def __init__(self, link: Link, page_count: int, delta_pages: int = 0) -> None:
         self._link = link
         self._digest = Digest()
-        self._base = Base(page_count)
+        self._base = Base(page_count, delta_pages) if delta_pages else None
+        self._gate = Gate()
         self._state = b""
         #: Receipts that are due; the I/O thread's.
         self._sums: dict[int, int] = {}
@@ -157,9 +180,19 @@ class Sender:
     ) -> None:
         """See the interface."""
         if len(numbers):
-            self._link.send(_PagesFrame(epoch, numbers, data, sent, self._digest, self._base))
+            self._link.send(self._frame(epoch, numbers, data, sent))
         elif sent is not None:
             sent()
+
+    def _frame(
+        self, epoch: int, numbers: PageNumbers, data: Pages, sent: Callable[[], None] | None
+    ) -> _PagesFrame:
+        return _PagesFrame(epoch, numbers, data, sent, self._digest, self._base, self._gate)
+
+    @property
+    def delta_bytes(self) -> int:
+        """Memory that copies of pages take. Any thread."""
+        return self._base.kept_pages * PAGE_SIZE if self._base is not None else 0
 
     def send_log(
         self, epoch: int, disk: int, part: memoryview, sent: Callable[[], None] | None

@@ -46,7 +46,7 @@ from nova_pmt import exception, faultpoint
 from nova_pmt.agent.control import Lines, PrimarySpec
 from nova_pmt.arbiter.load import load as load_arbiter
 from nova_pmt.checkpoint.cache import SLAB_BYTES, SlabCache
-from nova_pmt.checkpoint.interfaces import OutputBuffer
+from nova_pmt.checkpoint.interfaces import PAGE_SIZE, OutputBuffer
 from nova_pmt.checkpoint.loop import Loop
 from nova_pmt.checkpoint.round import Checkpointer
 from nova_pmt.checkpoint.strategies.base import Strategy, StrategyOptions
@@ -260,6 +260,7 @@ class Primary(Side):
                 "peak_mib": cache.peak_slabs * mib,
                 "limit_mib": cache.limit_slabs * mib,
             },
+            delta_cache_mib=round(self._sender.delta_bytes / MIB, 1) if self._sender else 0.0,
             peer_timeout_ms=round(link.silence_limit_s * 1e3),
             last_commit_age_ms=round((now - self._last_commit) * 1e3, 1),
             guest_running=loop.guest_running,
@@ -378,7 +379,9 @@ class Primary(Side):
         )
         if strategy.output_wait_s is not None and strategy.disks_are_output:
             outputs.await_writes()
-        self._sender = Sender(self._link, memory.page_count)
+        self._sender = Sender(
+            self._link, memory.page_count, conf.replication.delta_cache_mib * MIB // PAGE_SIZE
+        )
         self._checkpointer = Checkpointer(
             memory,
             self._execution,

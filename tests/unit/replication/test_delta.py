@@ -14,8 +14,9 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,59 +31,119 @@ def guest(seed: int) -> np.ndarray:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.data())
-def test_pages_come_out_as_they_went_in(data: st.DataObject) -> None:
-    """Over many epochs, with pages that are kept, forgotten, and too many to keep."""
-    base = delta.Base(PAGES)
+@given(st.data(), st.integers(1, PAGES + 10))
+def test_pages_come_out_as_they_went_in(data: st.DataObject, limit: int) -> None:
+    """Over many epochs, with pages kept, forgotten, sharing a place, and changed a lot."""
+    base = delta.Base(PAGES, limit)
     ram, image = guest(1), guest(2)
     for _ in range(data.draw(st.integers(1, 8))):
         wanted = data.draw(st.lists(st.integers(0, PAGES - 1), min_size=1, unique=True))
         numbers = np.array(wanted, np.int64)
         for page in wanted:
-            places = data.draw(st.lists(st.integers(0, PAGE_SIZE - 1), max_size=5))
-            ram[page, places] += 1
+            if data.draw(st.booleans()):
+                places = data.draw(st.lists(st.integers(0, PAGE_SIZE - 1), max_size=5))
+                ram[page, places] += 1
+            else:
+                ram[page] += 1
         if data.draw(st.booleans()):
             base.forget(numbers[: len(numbers) // 2])
-        known = base.known(numbers)
-        payload = base.encode(numbers[known], ram[numbers[known]]) if known.any() else None
-        if payload is None:
-            known[:] = False
-        else:
-            count = int(known.sum())
-            found, rows, at, words = delta.decode(memoryview(payload), count)
-            assert (found == numbers[known]).all()
-            rebuilt = image[found]
-            rebuilt.view(np.uint64)[rows, at] = words
-            image[found] = rebuilt
-        image[numbers[~known]] = ram[numbers[~known]]
+        small = base.known(numbers)
+        if small.any():
+            worth, payload = base.encode(numbers[small], ram[numbers[small]])
+            small[small] = worth
+            if small.any():
+                found, rows, at, words = delta.decode(memoryview(payload), int(small.sum()))
+                assert (found == numbers[small]).all()
+                rebuilt = image[found]
+                rebuilt.view(np.uint64)[rows, at] = words
+                image[found] = rebuilt
+            else:
+                assert payload == b""
+        image[numbers[~small]] = ram[numbers[~small]]
         base.keep(numbers, ram[numbers])
         assert (image[numbers] == ram[numbers]).all()
+        assert base.kept_pages <= min(limit, PAGES)
 
 
 def test_little_that_changed_is_little_to_send() -> None:
-    base, ram = delta.Base(PAGES), guest(1)
+    base, ram = delta.Base(PAGES, PAGES), guest(1)
     numbers = np.arange(30)
     base.keep(numbers, ram[:30])
     ram[:30, 8] += 1
-    payload = base.encode(numbers, ram[:30])
-    assert payload is not None
+    worth, payload = base.encode(numbers, ram[:30])
+    assert worth.all()
     assert len(payload) == 30 * (delta.PAGE_BYTES + delta.CHANGE_BYTES)
 
 
-def test_much_that_changed_is_sent_whole() -> None:
-    base = delta.Base(PAGES)
+def test_of_many_pages_those_that_hardly_changed_are_deltas() -> None:
+    base, ram = delta.Base(PAGES, PAGES), guest(1)
     numbers = np.arange(30)
-    base.keep(numbers, guest(1)[:30])
-    assert base.encode(numbers, guest(2)[:30]) is None
+    base.keep(numbers, ram[:30])
+    ram[:10] = guest(2)[:10]
+    worth, payload = base.encode(numbers, ram[:30])
+    assert worth.tolist() == [False] * 10 + [True] * 20
+    assert len(payload) == 20 * delta.PAGE_BYTES  # nothing has changed in them
 
 
-def test_more_pages_than_fit_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta, "BASE_PAGES", 40)
-    base, ram = delta.Base(PAGES), guest(1)
+def test_pages_of_one_place_push_each_other_out() -> None:
+    base, ram = delta.Base(PAGES, 40), guest(1)
     base.keep(np.arange(30), ram[:30])
     base.keep(np.arange(20, 60), ram[20:60])
     assert not base.known(np.arange(20)).any()
     assert base.known(np.arange(20, 60)).all()
+    both = np.array([0, 40])
+    base.keep(both, ram[both])
+    assert np.count_nonzero(base.known(both)) == 1
+    kept = both[base.known(both)]
+    worth, payload = base.encode(kept, ram[kept])
+    assert worth.all()
+    assert len(payload) == delta.PAGE_BYTES
+
+
+# -- whether it pays ---------------------------------------------------------------------------
+
+
+def epochs(gate: delta.Gate, first: int, count: int, saved: int) -> list[tuple[bool, bool]]:
+    """So many epochs; where deltas are tried they take 1 ms and save so many bytes."""
+    seen = []
+    for epoch in range(first, first + count):
+        gate.begin(epoch)
+        seen.append((gate.keeps, gate.tries))
+        if gate.tries:
+            gate.count(delta.JUDGED_PAGES, 1e-3, saved)
+    return seen
+
+
+def test_what_saves_time_goes_on() -> None:
+    assert epochs(delta.Gate(), 1, 50, 1_000_000) == [(True, True)] * 50
+
+
+def test_what_costs_time_rests_longer_each_time_and_is_tried_again() -> None:
+    seen = epochs(delta.Gate(), 1, 200, 0)
+    tried = [epoch for epoch, (_, tries) in enumerate(seen) if tries]
+    gaps = [b - a for a, b in itertools.pairwise(tried)]
+    rests = [delta.FIRST_REST * 2**number for number in range(len(gaps))]
+    assert gaps == [rest + 2 for rest in rests]
+    # The epoch before one that tries keeps copies, or there would be nothing to compare with.
+    assert all(seen[at - 1] == (True, False) for at in tried[1:])
+    assert sum(keeps for keeps, _ in seen) <= 2 * len(tried)
+
+
+def test_what_pays_again_is_trusted_again() -> None:
+    gate = delta.Gate()
+    epochs(gate, 1, 100, 0)
+    good = epochs(gate, 101, 200, 1_000_000)
+    assert good[-50:] == [(True, True)] * 50
+    again = epochs(gate, 301, 20, 0)
+    assert [tries for _, tries in again].count(True) >= 2
+
+
+def test_a_few_pages_say_nothing() -> None:
+    gate = delta.Gate()
+    for epoch in range(1, 50):
+        gate.begin(epoch)
+        assert gate.tries
+        gate.count(delta.JUDGED_PAGES - 1, 1.0, 0)
 
 
 @given(st.binary(max_size=200), st.integers(1, 20))
