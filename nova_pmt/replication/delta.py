@@ -20,6 +20,10 @@ which covers whole pages and the whole device state.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,10 +41,12 @@ STATE_CHANGE_BYTES = 8 + 4
 WORTH = 0.5
 #: What sending a byte costs our thread at least: TLS takes 2 ms for a megabyte on a small machine.
 SENDING_S_PER_BYTE = 2e-9
-#: An epoch says whether deltas pay when so many pages were tried.
-JUDGED_PAGES = 128
-#: Epochs without deltas after one in which they did not pay.
-FIRST_REST, LONGEST_REST = 8, 512
+#: So many pages say whether deltas pay.
+JUDGED_PAGES = 1024
+#: For how long nothing is tried after deltas did not pay.
+FIRST_REST_S, LONGEST_REST_S = 0.5, 60.0
+#: Copies are kept for so long before deltas are tried again.
+WARM_S = 3.0
 
 Words = npt.NDArray[np.uint64]
 Places = npt.NDArray[Any]
@@ -59,8 +65,12 @@ class Base:
     def __init__(self, page_count: int, limit_pages: int) -> None:
         self.limit_pages = max(1, min(page_count, limit_pages))
         self._owner: PageNumbers = np.full(self.limit_pages, -1, np.int64)
-        # Backed by memory as pages come.
-        self._pages: Pages = np.zeros((self.limit_pages, PAGE_SIZE), np.uint8)
+        self._backed: npt.NDArray[np.bool_] = np.zeros(self.limit_pages, np.bool_)
+        # Backed by memory as pages come: page by page, and not by huge ones.
+        memory = mmap.mmap(-1, self.limit_pages * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self._pages: Pages = np.frombuffer(memory, np.uint8).reshape(-1, PAGE_SIZE)
 
     def forget(self, numbers: PageNumbers) -> None:
         """These are sent whole, and not for the last time in their epoch, or not kept."""
@@ -76,6 +86,7 @@ class Base:
         """These are sent for the last time in their epoch: what the next delta starts from."""
         places = numbers % self.limit_pages
         self._owner[places] = numbers
+        self._backed[places] = True
         kept = self._owner[places] == numbers  # of those that share a place, one
         if kept.all():
             self._pages[places] = data
@@ -83,9 +94,9 @@ class Base:
             self._pages[places[kept]] = data[kept]
 
     @property
-    def kept_pages(self) -> int:
-        """How many pages have a copy here."""
-        return int(np.count_nonzero(self._owner >= 0))
+    def backed_pages(self) -> int:
+        """For how many pages there is memory. Any thread."""
+        return int(np.count_nonzero(self._backed))
 
     def encode(self, numbers: PageNumbers, data: Pages) -> tuple[npt.NDArray[np.bool_], bytes]:
         """The changes of pages that are all known.
@@ -118,45 +129,47 @@ class Base:
 
 
 class Gate:
-    """Whether deltas are tried: not where they cost more time than they save.
+    """Whether deltas of many pages are tried: not where they cost more time than they save.
 
-    Decided once an epoch. After one in which they did not pay no copies are kept for a number of
-    epochs, which doubles each time; then one only keeps them, and the next tries again.
+    Judged by the pages of which there are copies. When it did not pay nothing is tried for a time
+    that doubles from one trial to the next; copies are kept on, or, where it is long, from a while
+    before its end.
+
+    :param clock: seconds.
     """
 
-    def __init__(self) -> None:
-        self._epoch = 0
-        self._spent_s = 0.0
-        self._saved_bytes = 0
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._until = self._rest_s = 0.0
         self._pages = 0
-        self._rest = 0  # epochs for which nothing is tried
-        self._pause = FIRST_REST
-        self.keeps = self.tries = True
+        self._spent_s = self._saved_s = 0.0
 
-    def begin(self, epoch: int) -> None:
-        """Frames of this epoch come now."""
-        if epoch == self._epoch:
-            return
-        self._epoch = epoch
-        if self._rest:
-            self._rest -= 1
-            self.keeps = self._rest == 0
-            self.tries = False
-        elif not self.tries:
-            self.tries = True
-        elif self._pages >= JUDGED_PAGES:
-            if self._spent_s > self._saved_bytes * SENDING_S_PER_BYTE:
-                self._rest, self._pause = self._pause, min(2 * self._pause, LONGEST_REST)
-                self.keeps = self.tries = False
-            else:
-                self._pause = FIRST_REST
-        self._spent_s, self._saved_bytes, self._pages = 0.0, 0, 0
+    @property
+    def tries(self) -> bool:
+        """Deltas are to be made."""
+        return self._clock() >= self._until
 
-    def count(self, pages: int, spent_s: float, saved_bytes: int) -> None:
-        """Deltas of so many pages were tried."""
+    @property
+    def keeps(self) -> bool:
+        """Copies are to be kept."""
+        return self._until - self._clock() <= WARM_S
+
+    def count(self, pages: int, spent_s: float, saved_bytes: int, s_per_byte: float) -> None:
+        """So many pages, of which there were copies, were tried.
+
+        :param s_per_byte: what sending a byte takes.
+        """
         self._pages += pages
         self._spent_s += spent_s
-        self._saved_bytes += saved_bytes
+        self._saved_s += saved_bytes * max(s_per_byte, SENDING_S_PER_BYTE)
+        if self._pages < JUDGED_PAGES:
+            return
+        if self._spent_s > self._saved_s:
+            self._rest_s = min(max(FIRST_REST_S, 2 * self._rest_s), LONGEST_REST_S)
+            self._until = self._clock() + self._rest_s
+        else:
+            self._rest_s = 0.0
+        self._pages, self._spent_s, self._saved_s = 0, 0.0, 0.0
 
 
 def decode(payload: memoryview, count: int) -> tuple[PageNumbers, Places, Places, Words]:

@@ -209,16 +209,23 @@ class Receiver:
             raise exception.CheckpointCorrupt(
                 f"delta in checkpoint {header.epoch}: {error}"
             ) from error
-        slab = self._staging_slab()
-        first = slab * SLAB_PAGES
+        # Of a slab that was sent as whole pages and as changes the former are staged already, and
+        # leave room for just these.
+        slab, used = self._staged[-1] if self._staged else (-1, SLAB_PAGES)
+        shares = used + header.value <= SLAB_PAGES
+        if not shares:
+            slab, used = self._staging_slab(), 0
+        first = slab * SLAB_PAGES + used
         pages = self._staging.pages[first : first + header.value]
         self._image.read(numbers, pages)
         pages.view(np.uint64)[rows, places] = words
-        self._numbers[slab, : header.value] = numbers
+        self._numbers[slab, used : used + header.value] = numbers
         self._digest.add_pages(
             numbers.astype("<i8", copy=False).tobytes(), pages.data.cast("B"), header.value
         )
-        self._staged.append((slab, header.value))
+        if shares:
+            self._staged.pop()
+        self._staged.append((slab, used + header.value))
         faultpoint.reach("standby.rebuilt")
 
     def disk(self, header: Header, payload: memoryview) -> None:

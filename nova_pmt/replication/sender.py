@@ -39,11 +39,15 @@ from nova_pmt.replication.protocol import (
     receipt_of,
 )
 
+#: Deltas of so many pages are always tried: an idle guest's.
+FEW_PAGES = 128
 #: A page that is sent whole.
 PAGE_BYTES_SENT = NUMBER_BYTES + PAGE_SIZE
 
 
 class _PagesFrame:
+    """A PAGES or a DELTA frame, or both: pages that hardly changed, and the others before them."""
+
     def __init__(
         self,
         epoch: int,
@@ -53,45 +57,56 @@ class _PagesFrame:
         digest: Digest,
         base: Base | None,
         gate: Gate,
+        s_per_byte: Callable[[], float],
     ) -> None:
+        self.work = 0
         self._epoch, self._numbers, self._data = epoch, numbers, data
         self._sent, self._digest, self._base, self._gate = sent, digest, base, gate
+        self._s_per_byte = s_per_byte
 
     def begin(self) -> Buffers:
-        numbers, data, base, gate = self._numbers, self._data, self._base, self._gate
-        gate.begin(self._epoch)
-        if base is None or self._sent is not None or not gate.keeps:
+        numbers, data, base = self._numbers, self._data, self._base
+        if base is None:
+            return self._whole(numbers, data)
+        few = len(numbers) <= FEW_PAGES
+        if self._sent is not None or not (few or self._gate.keeps):
             # Sent ahead of the pause these may be sent again, and then the standby does not have
             # them in its image yet.
-            if base is not None:
-                base.forget(numbers)
+            base.forget(numbers)
             return self._whole(numbers, data)
         parts: Buffers = []
-        if gate.tries:
-            start = time.perf_counter()
-            small, changes = self._changes(base)
-            if len(changes):
-                parts += self._delta(numbers[small], data[small], changes)
+        known = base.known(numbers) if few or self._gate.tries else np.zeros(len(numbers), np.bool_)
+        if known.any():
+            self.work = data.nbytes
+            parts = self._with_changes(base, known, few)
         else:
-            small = np.zeros(len(numbers), np.bool_)
-        if not small.any():
-            parts += self._whole(numbers, data)
-        elif not small.all():
-            parts += self._whole(numbers[~small], np.ascontiguousarray(data[~small]))
+            parts = self._whole(numbers, data)
         base.keep(numbers, data)
-        if gate.tries:
-            saved = int(np.count_nonzero(small)) * PAGE_BYTES_SENT - len(changes)
-            gate.count(len(numbers), time.perf_counter() - start, saved)
         return parts
 
-    def _changes(self, base: Base) -> tuple[npt.NDArray[np.bool_], bytes]:
-        """Which pages hardly changed since they were sent last, and their changes."""
-        small = base.known(self._numbers)
-        if not small.any():
-            return small, b""
-        worth, changes = base.encode(self._numbers[small], self._data[small])
-        small[small] = worth
-        return small, changes
+    def _with_changes(self, base: Base, known: npt.NDArray[np.bool_], few: bool) -> Buffers:
+        """Pages that hardly changed since they were sent last as deltas, the others whole."""
+        start = time.thread_time()
+        all_known = bool(known.all())
+        numbers = self._numbers if all_known else self._numbers[known]
+        data = self._data if all_known else self._data[known]
+        worth, changes = base.encode(numbers, data)
+        count = int(np.count_nonzero(worth))
+        if not few:
+            saved = count * PAGE_BYTES_SENT - len(changes)
+            spent = time.thread_time() - start
+            self._gate.count(len(numbers), spent, saved, self._s_per_byte())
+        parts: Buffers = []
+        whole = ~known
+        whole[known] = ~worth
+        if whole.any():
+            rest = self._data if whole.all() else np.ascontiguousarray(self._data[whole])
+            parts += self._whole(self._numbers[whole], rest)
+        if count:
+            same = count == len(numbers)
+            numbers, data = (numbers, data) if same else (numbers[worth], data[worth])
+            parts += self._delta(numbers, data, changes)
+        return parts
 
     def _whole(self, numbers: PageNumbers, data: Pages) -> Buffers:
         places, contents = numbers.astype("<i8", copy=False).tobytes(), data.data.cast("B")
@@ -112,6 +127,8 @@ class _PagesFrame:
 
 class _DiskFrame:
     """A BLOCK or a LOG frame."""
+
+    work = 0
 
     def __init__(
         self,
@@ -136,6 +153,8 @@ class _DiskFrame:
 
 
 class _CommitFrame:
+    work = 0
+
     def __init__(
         self, epoch: int, before: bytes, state: bytes, digest: Digest, sums: dict[int, int]
     ) -> None:
@@ -164,7 +183,7 @@ class Sender:
         whole pages are sent.
     """
 
-    def __init__(self, link: Link, page_count: int, delta_pages: int = 0) -> None:
+    def __init__(self, link: Link, page_count: int, delta_pages: int) -> None:
         self._link = link
         self._digest = Digest()
         self._base = Base(page_count, delta_pages) if delta_pages else None
@@ -187,12 +206,16 @@ class Sender:
     def _frame(
         self, epoch: int, numbers: PageNumbers, data: Pages, sent: Callable[[], None] | None
     ) -> _PagesFrame:
-        return _PagesFrame(epoch, numbers, data, sent, self._digest, self._base, self._gate)
+        digest, base, gate = self._digest, self._base, self._gate
+        return _PagesFrame(epoch, numbers, data, sent, digest, base, gate, self._s_per_byte)
+
+    def _s_per_byte(self) -> float:
+        return self._link.s_per_byte
 
     @property
     def delta_bytes(self) -> int:
         """Memory that copies of pages take. Any thread."""
-        return self._base.kept_pages * PAGE_SIZE if self._base is not None else 0
+        return self._base.backed_pages * PAGE_SIZE if self._base is not None else 0
 
     def send_log(
         self, epoch: int, disk: int, part: memoryview, sent: Callable[[], None] | None

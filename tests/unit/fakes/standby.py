@@ -132,6 +132,7 @@ class FakeLink:
         self._returns: list[Callable[[], None]] = []
         self.held = False
         self.broken = False
+        self.s_per_byte = 0.0
         self.flip: Callable[[Header, bytearray], None] | None = None
         self._flip_at = 0
 

@@ -28,6 +28,7 @@ from nova_pmt.checkpoint.interfaces import PAGE_SIZE
 from nova_pmt.checkpoint.round import Checkpointer
 from nova_pmt.checkpoint.statistics import RoundRecord
 from nova_pmt.replication import receiver
+from nova_pmt.replication.delta import Gate
 from nova_pmt.replication.sender import Sender
 from tests.unit.fakes.disk import SECTOR, FakeDisk
 from tests.unit.fakes.guest import (
@@ -119,7 +120,7 @@ class World:
             disk.write(0, len(disk.data) // SECTOR // 2)
         self.written = [disk for number, disk in enumerate(self.disks) if number not in readonly]
         self.guest.on_pause = self._on_pause
-        self.sender = Sink(self.link, page_count, self.faults)
+        self.sender = Sink(self.link, page_count, self.faults, self.rng)
         self.cache = SlabCache(cache_slabs * slab_cache.SLAB_BYTES)
         self.records: list[RoundRecord] = []
         self.checkpointer = PacedCheckpointer(
@@ -292,11 +293,31 @@ class World:
             del snapshots[old]
 
 
+class FickleGate(Gate):
+    """Changes its mind all the time, which must not matter."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self._rng = rng
+
+    @property
+    def tries(self) -> bool:
+        return self._rng.random() < 0.5
+
+    @property
+    def keeps(self) -> bool:
+        return self._rng.random() < 0.7
+
+
 class Sink(Sender):
     """The real sender, which also sees that nothing is sent twice that need not be."""
 
-    def __init__(self, link: FakeLink, page_count: int, faults: Faults) -> None:
-        super().__init__(link, page_count)  # type: ignore[arg-type]
+    def __init__(self, link: FakeLink, page_count: int, faults: Faults, rng: random.Random) -> None:
+        # Deltas of none, of pages that push each other out, and of all.
+        pages = rng.choice((0, 1, page_count // 3 + 1, page_count))
+        super().__init__(link, page_count, pages)  # type: ignore[arg-type]
+        if rng.random() < 0.5:
+            self._gate = FickleGate(rng)
         self._faults = faults
         self._hold, self._go_on = link.hold, link.go_on
         self.hold, self.go_on = self._held, self._released

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +63,7 @@ def test_pages_come_out_as_they_went_in(data: st.DataObject, limit: int) -> None
         image[numbers[~small]] = ram[numbers[~small]]
         base.keep(numbers, ram[numbers])
         assert (image[numbers] == ram[numbers]).all()
-        assert base.kept_pages <= min(limit, PAGES)
+        assert base.backed_pages <= min(limit, PAGES)
 
 
 def test_little_that_changed_is_little_to_send() -> None:
@@ -103,47 +104,71 @@ def test_pages_of_one_place_push_each_other_out() -> None:
 # -- whether it pays ---------------------------------------------------------------------------
 
 
-def epochs(gate: delta.Gate, first: int, count: int, saved: int) -> list[tuple[bool, bool]]:
-    """So many epochs; where deltas are tried they take 1 ms and save so many bytes."""
-    seen = []
-    for epoch in range(first, first + count):
-        gate.begin(epoch)
-        seen.append((gate.keeps, gate.tries))
-        if gate.tries:
-            gate.count(delta.JUDGED_PAGES, 1e-3, saved)
-    return seen
+class Trial:
+    """A gate under a clock of the test's: 1,024 pages each 10 ms, which take 1 ms where tried."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.gate = delta.Gate(lambda: self.now)
+        self.tried_at: list[float] = []
+
+    def go(self, seconds: float, saved_bytes: int, s_per_byte: float = 0.0) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.01
+            if self.gate.tries:
+                self.tried_at.append(self.now)
+                self.gate.count(delta.JUDGED_PAGES, 1e-3, saved_bytes, s_per_byte)
 
 
 def test_what_saves_time_goes_on() -> None:
-    assert epochs(delta.Gate(), 1, 50, 1_000_000) == [(True, True)] * 50
+    trial = Trial()
+    trial.go(1.0, 1_000_000)
+    assert len(trial.tried_at) >= 99
 
 
 def test_what_costs_time_rests_longer_each_time_and_is_tried_again() -> None:
-    seen = epochs(delta.Gate(), 1, 200, 0)
-    tried = [epoch for epoch, (_, tries) in enumerate(seen) if tries]
-    gaps = [b - a for a, b in itertools.pairwise(tried)]
-    rests = [delta.FIRST_REST * 2**number for number in range(len(gaps))]
-    assert gaps == [rest + 2 for rest in rests]
-    # The epoch before one that tries keeps copies, or there would be nothing to compare with.
-    assert all(seen[at - 1] == (True, False) for at in tried[1:])
-    assert sum(keeps for keeps, _ in seen) <= 2 * len(tried)
+    trial = Trial()
+    trial.go(400, 0)
+    gaps = [b - a for a, b in itertools.pairwise(trial.tried_at)]
+    rests = [min(delta.FIRST_REST_S * 2**n, delta.LONGEST_REST_S) for n in range(len(gaps))]
+    assert gaps == [pytest.approx(rest, abs=0.03) for rest in rests]
+    assert delta.LONGEST_REST_S in rests
+
+
+def test_copies_are_there_when_it_is_tried_again() -> None:
+    trial = Trial()
+    trial.go(400, 0)
+    while trial.gate.keeps:
+        trial.go(0.01, 0)
+    start = trial.now
+    while not trial.gate.keeps:
+        trial.go(0.01, 0)
+    kept = trial.now
+    before = len(trial.tried_at)
+    while len(trial.tried_at) == before:
+        trial.go(0.01, 0)
+    assert trial.now - kept == pytest.approx(delta.WARM_S, abs=0.05)
+    assert kept - start > 10
 
 
 def test_what_pays_again_is_trusted_again() -> None:
-    gate = delta.Gate()
-    epochs(gate, 1, 100, 0)
-    good = epochs(gate, 101, 200, 1_000_000)
-    assert good[-50:] == [(True, True)] * 50
-    again = epochs(gate, 301, 20, 0)
-    assert [tries for _, tries in again].count(True) >= 2
+    trial = Trial()
+    trial.go(60, 0)
+    trial.go(120, 1_000_000)
+    before = len(trial.tried_at)
+    trial.go(1.0, 1_000_000)
+    assert len(trial.tried_at) - before >= 99
+    trial.go(2.0, 0)  # and rests shortly when it does not any more
+    assert trial.gate._rest_s <= 4 * delta.FIRST_REST_S
 
 
-def test_a_few_pages_say_nothing() -> None:
-    gate = delta.Gate()
-    for epoch in range(1, 50):
-        gate.begin(epoch)
-        assert gate.tries
-        gate.count(delta.JUDGED_PAGES - 1, 1.0, 0)
+def test_on_a_slow_link_less_is_worth_it() -> None:
+    slow, fast = Trial(), Trial()
+    slow.go(1.0, 50_000, 80e-9)  # 100 Mbit/s: 4 ms
+    fast.go(1.0, 50_000, 1e-9)
+    assert len(slow.tried_at) > 50
+    assert len(fast.tried_at) < 5
 
 
 @given(st.binary(max_size=200), st.integers(1, 20))

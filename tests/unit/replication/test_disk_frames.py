@@ -39,7 +39,7 @@ class Stream:
         self.epoch = epoch
         self.frames: list[bytearray] = []
         self._link = FakeLink(self._collect)
-        self._sender = Sender(self._link, 1 << 16)  # type: ignore[arg-type]
+        self._sender = Sender(self._link, 1 << 16, 64)  # type: ignore[arg-type]
 
     def _collect(self, data: memoryview) -> None:
         self.frames[-1].extend(data)

@@ -172,6 +172,29 @@ def test_a_stream_without_end_leaves_others_their_turn(ends: tuple[End, End]) ->
     assert primary.link.sent_bytes - before <= 2 * (TURN_BYTES + SEND_BYTES)
 
 
+def test_work_counts_for_a_turn_as_what_is_sent_does(ends: tuple[End, End]) -> None:
+    """Frames that shrank to nearly nothing took their time: others must have their turn."""
+    primary, standby = ends
+    for _ in range(64):
+        primary.link.send(Payload(b"x" * 100, work=1 << 20))
+    primary.turn(0.1)
+    least = TURN_BYTES // (1 << 20)
+    assert (least - 1) * 100 <= primary.link.sent_bytes <= 2 * (least + 2) * (100 + 24)
+    turn_until(lambda: len(standby.frames) == 64, primary, standby)
+
+
+def test_the_speed_of_sending_is_noted_where_there_is_much_to_send(ends: tuple[End, End]) -> None:
+    primary, standby = ends
+    primary.link.send(Payload(b"x" * 1000))
+    turn_until(lambda: len(standby.frames) == 1, primary, standby)
+    assert primary.link.s_per_byte == 0.0  # that would be the speed of a round trip
+    start = time.perf_counter()
+    primary.link.send(Payload(bytes(BIG)))
+    primary.link.send(Payload(bytes(BIG)))
+    turn_until(lambda: len(standby.frames) == 3, primary, standby)
+    assert 0 < primary.link.s_per_byte <= (time.perf_counter() - start) / BIG
+
+
 def test_what_tls_has_decrypted_is_read_though_the_socket_is_empty(
     ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ def frames(epoch: int, parts: list[list[int]], seed: int = 1, state: bytes = b""
         made[-1].extend(data)
 
     link = FakeLink(collect)
-    sender = Sender(link, 1 << 16)  # type: ignore[arg-type]
+    sender = Sender(link, 1 << 16, 64)  # type: ignore[arg-type]
     for numbers in parts:
         sender.send_pages(epoch, np.array(numbers, np.int64), contents(numbers, seed), None)
     sender.send_commit(epoch, state or device_state(epoch))
@@ -130,9 +130,9 @@ def test_checkpoint_one_is_written_as_it_comes_so_that_any_size_fits() -> None:
 def test_of_a_page_that_comes_twice_the_last_copy_counts(standby: FakeStandby) -> None:
     link_frames: list[bytes] = []
     link = FakeLink(lambda data: link_frames.append(bytes(data)))
-    sender = Sender(link, 1 << 16)  # type: ignore[arg-type]
+    sender = Sender(link, 1 << 16, 64)  # type: ignore[arg-type]
     numbers = np.array([4, 5, 6], np.int64)
-    sender.send_pages(2, numbers, contents([4, 5, 6], 50), None)
+    sender.send_pages(2, numbers, contents([4, 5, 6], 50), lambda: None)  # ahead of the pause
     sender.send_pages(2, numbers[1:], contents([5, 6], 60), None)
     sender.send_commit(2, device_state(2))
     while link.step(1 << 30):
@@ -153,10 +153,10 @@ def test_an_empty_checkpoint_still_counts(standby: FakeStandby) -> None:
 def test_sending_no_pages_calls_back_at_once() -> None:
     called = []
     link = FakeLink(lambda _data: None)
-    Sender(link, 1 << 16).send_pages(  # type: ignore[arg-type]
+    Sender(link, 1 << 16, 64).send_pages(  # type: ignore[arg-type]
         1, np.zeros(0, np.int64), np.zeros((0, 4096), np.uint8), lambda: called.append(1)
     )
-    Sender(link, 1 << 16).send_pages(  # type: ignore[arg-type]
+    Sender(link, 1 << 16, 64).send_pages(  # type: ignore[arg-type]
         1, np.zeros(0, np.int64), np.zeros((0, 4096), np.uint8), None
     )
     assert called == [1] and link.idle
@@ -277,7 +277,7 @@ def test_what_is_sent_again_and_again_does_not_fill_the_staging(
     expected = standby.image.contents().copy()
     stream: list[bytes] = []
     link = FakeLink(lambda data: stream.append(bytes(data)))
-    sender = Sender(link, 1 << 16)  # type: ignore[arg-type]
+    sender = Sender(link, 1 << 16, 64)  # type: ignore[arg-type]
     for turn, (first, count) in enumerate(spills):
         numbers = list(range(first, min(600, first + count)))
         data = contents(numbers, turn * 3)
@@ -298,7 +298,7 @@ def test_a_commit_whose_answer_cannot_be_sent_is_applied_all_the_same() -> None:
     """The primary died when it had sent everything: its standby goes on from this checkpoint."""
     standby = FakeStandby(two_blocks(40, 4), 8 << 20)
     link = FakeLink(standby.feed)
-    sender = Sender(link, 40)  # type: ignore[arg-type]
+    sender = Sender(link, 40, 40)  # type: ignore[arg-type]
 
     def checkpoint(epoch: int) -> None:
         sender.send_pages(epoch, np.arange(3), np.full((3, 4096), epoch, np.uint8), None)
@@ -324,7 +324,7 @@ def exchange() -> tuple[Sender, FakeStandby]:
     """Two checkpoints, sent and committed, as the sender and the standby know them."""
     standby = FakeStandby(two_blocks(40, 4), 8 << 20)
     link = FakeLink(standby.feed)
-    sender = Sender(link, 40)  # type: ignore[arg-type]
+    sender = Sender(link, 40, 40)  # type: ignore[arg-type]
     for epoch in (1, 2):
         sender.send_pages(epoch, np.arange(3), np.full((3, 4096), epoch, np.uint8), None)
         sender.send_commit(epoch, device_state(epoch))
