@@ -317,6 +317,43 @@ def test_a_commit_whose_answer_cannot_be_sent_is_applied_all_the_same() -> None:
     assert (standby.image.contents()[:3] == 2).all()
 
 
+@pytest.mark.parametrize("changed", [0, 1, 100, 255, 256])
+def test_of_a_slab_some_pages_are_sent_whole_and_of_others_their_changes(changed: int) -> None:
+    """And the standby stages them in one slab, as they were."""
+    standby = FakeStandby(two_blocks(600, 4), 8 << 20)
+    link = FakeLink(standby.feed)
+    sender = Sender(link, 600, 600)  # type: ignore[arg-type]
+    rng, numbers = np.random.default_rng(1), np.arange(256)
+    pages = rng.integers(0, 256, (256, 4096), np.uint8)
+    sent, slabs = 0, []
+    acknowledge = standby.receiver._acknowledge
+
+    def staged(epoch: int, receipt: int) -> None:
+        if epoch > 1:
+            slabs.append(len(standby.receiver._staged))
+        acknowledge(epoch, receipt)
+
+    standby.receiver._acknowledge = staged
+
+    def checkpoint(epoch: int) -> int:
+        sender.send_pages(epoch, numbers, pages.copy(), None)
+        sender.send_commit(epoch, device_state(epoch))
+        before = len(standby.frames)
+        while link.step():
+            pass
+        assert np.array_equal(standby.image.contents()[:256], pages)
+        return sum(header.length for header in standby.frames[before:])
+
+    checkpoint(1)
+    for epoch in range(2, 5):
+        pages[:changed] = rng.integers(0, 256, (changed, 4096), np.uint8)
+        pages[changed:, 8] += 1
+        sent = checkpoint(epoch)
+    assert standby.acknowledged == [1, 2, 3, 4]
+    assert changed * 4096 <= sent <= changed * 4200 + (256 - changed) * 40 + 1000
+    assert slabs == [1, 1, 1]
+
+
 # -- what a standby says that it has ----------------------------------------------------
 
 
