@@ -70,10 +70,13 @@ def _exchange(connection: socket.socket, data: bytes) -> None:
         left -= len(part)
 
 
-def transactions(guest: LabGuest, seconds: float) -> list[float]:
-    """Milliseconds of each request to the transactional server, durable on every disk."""
+def transactions(guest: LabGuest, seconds: float, number: int = 1) -> list[float]:
+    """Milliseconds of each request to the transactional server, durable on every disk.
+
+    :param number: the client's; those that ask at the same time have different ones.
+    """
     found = []
-    with guest.transactions(1, _TIMEOUT_S) as client:
+    with guest.transactions(number, _TIMEOUT_S) as client:
         client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.request()
         end = time.perf_counter() + seconds

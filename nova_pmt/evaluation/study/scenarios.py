@@ -23,12 +23,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from nova_pmt.bench import loads
 from nova_pmt.lab import LabGuest
 
 #: Requests at a time of the scenarios with clients.
 CLIENTS = 4
+#: Of a database.
+SESSIONS = 16
 #: A guest that writes memory is asked something so often.
 ASK_S = 0.02
 
@@ -159,9 +162,9 @@ SCENARIOS = (
     ),
     Scenario(
         "database",
-        "a client's requests, each durable on both disks before it is answered",
+        f"{SESSIONS} clients' requests, each durable on both disks before it is answered",
         "requests/s",
-        _requests(loads.transactions),
+        _requests(*[partial(loads.transactions, number=n) for n in range(1, SESSIONS + 1)]),
     ),
     Scenario("disk", "writes 1 MiB after the other to both disks", "MB/s", _writes("seq", 1024)),
     Scenario(
