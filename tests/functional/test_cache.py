@@ -68,7 +68,8 @@ def test_a_slow_link_throttles_and_leaves_the_pause_alone(
     one: LabHost, two: LabHost, boot: Boot
 ) -> None:
     """Figures are for `nova-pmt-bench link`; here: it throttles, within the limit, and commits."""
-    guest = boot(one, workload=replace(BUSY, buffer_mib=8))
+    # Whole pages, of which no delta can be made.
+    guest = boot(one, workload=replace(BUSY, buffer_mib=8, dirty_full=True))
     options = {"interval_ms": 50, "cache_limit_mib": 16}
     with protect(guest, two, options=options) as pair:
         fast = pair.protected().rounds(40)
