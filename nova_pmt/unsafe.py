@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from typing import Any
+
+from nova_pmt.checkpoint.wrapped import Wrapped
 
 VARIABLE = "NOVA_PMT_UNSAFE"
 #: Packets are not held.
@@ -42,36 +43,15 @@ def asked(what: str) -> bool:
     return True
 
 
-class ReleasedAtOnce:
-    """An output buffer whose epochs are let out as soon as they end.
-
-    Implements :class:`nova_pmt.checkpoint.interfaces.OutputBuffer`.
-    """
-
-    def __init__(self, buffer: Any) -> None:
-        self._buffer = buffer
+class ReleasedAtOnce(Wrapped):
+    """An output buffer whose epochs are let out as soon as they end."""
 
     def cut(self, epoch: int) -> None:
-        self._buffer.cut(epoch)
-        self._buffer.release(epoch)
+        super().cut(epoch)
+        super().release(epoch)
 
     def release(self, epoch: int) -> float | None:
         return None
-
-    def watch(self, on_output: Callable[[], None]) -> None:
-        self._buffer.watch(on_output)
-
-    @property
-    def waiting_since(self) -> float:
-        return float(self._buffer.waiting_since)
-
-    @property
-    def pressure(self) -> float:
-        return float(self._buffer.pressure)
-
-    @property
-    def broken(self) -> str:
-        return str(self._buffer.broken)
 
 
 def everybody_wins(arbiter: Any) -> Any:

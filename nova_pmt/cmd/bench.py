@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from nova_pmt.bench import environment, page, report
 from nova_pmt.bench.gaps import CAUSES
 from nova_pmt.bench.report import Report
 from nova_pmt.bench.violations import capture_passed
+from nova_pmt.cmd.arguments import at_least
 
 _INTERRUPTED = 130
 _WIDE = 200
@@ -147,17 +147,6 @@ def _causes(text: str) -> tuple[str, ...]:
     return causes
 
 
-def _at_least(lowest: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"must be {lowest} or more")
-        return value
-
-    convert.__name__ = "number"  # argparse names it in "invalid number value"
-    return convert
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
@@ -184,16 +173,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="dirty pages per checkpoint, 4 KiB each (1000)",
     )
     pause.add_argument(
-        "--passes", type=_at_least(0), default=2, help="pre-copy passes before a pause (2)"
+        "--passes", type=at_least(0), default=2, help="pre-copy passes before a pause (2)"
     )
     pause.add_argument(
-        "--threads", type=_at_least(0), default=0, help="threads that scan; 0: as the product (0)"
+        "--threads", type=at_least(0), default=0, help="threads that scan; 0: as the product (0)"
     )
     pause.add_argument(
-        "--interval-ms", type=_at_least(5), default=50, help="guest runs so long between (50)"
+        "--interval-ms", type=at_least(5), default=50, help="guest runs so long between (50)"
     )
     pause.add_argument(
-        "--burst-ms", type=_at_least(1), default=25, help="period of the guest's dirtier (25)"
+        "--burst-ms", type=at_least(1), default=25, help="period of the guest's dirtier (25)"
     )
     _common(pause, rounds=150)
     qmp = commands.add_parser(
@@ -202,17 +191,17 @@ def make_parser() -> argparse.ArgumentParser:
         description=_QMP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    qmp.add_argument("--memory", type=_at_least(64), default=128, help="guest size in MiB (128)")
-    qmp.add_argument("--block", type=_at_least(1), default=25, help="rounds per block (25)")
+    qmp.add_argument("--memory", type=at_least(64), default=128, help="guest size in MiB (128)")
+    qmp.add_argument("--block", type=at_least(1), default=25, help="rounds per block (25)")
     _common(qmp, rounds=200)
     link = commands.add_parser(
         "link",
         help="the pause on a limited link against the full link",
         description="Whole pairs with agents; phases on the full and the limited link alternate.",
     )
-    link.add_argument("--mbit", type=_at_least(10), default=100, help="limit in Mbit/s (100)")
-    link.add_argument("--rounds", type=_at_least(3), default=40, help="rounds per phase (40)")
-    link.add_argument("--repeats", type=_at_least(1), default=2, help="phases of each (2)")
+    link.add_argument("--mbit", type=at_least(10), default=100, help="limit in Mbit/s (100)")
+    link.add_argument("--rounds", type=at_least(3), default=40, help="rounds per phase (40)")
+    link.add_argument("--repeats", type=at_least(1), default=2, help="phases of each (2)")
     link.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
     failover = commands.add_parser(
         "failover",
@@ -221,7 +210,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_FAILOVER_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    failover.add_argument("--runs", type=_at_least(1), default=10, help="of each (10)")
+    failover.add_argument("--runs", type=at_least(1), default=10, help="of each (10)")
     failover.add_argument(
         "--cause",
         type=_causes,
@@ -230,10 +219,10 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(CAUSES)} (qemu)",
     )
     failover.add_argument(
-        "--peer-timeout-ms", type=_at_least(100), default=500, help="of both sides (500)"
+        "--peer-timeout-ms", type=at_least(100), default=500, help="of both sides (500)"
     )
     failover.add_argument(
-        "--away-s", type=_at_least(1), default=10, help="a host is silent, or stands still (10)"
+        "--away-s", type=at_least(1), default=10, help="a host is silent, or stands still (10)"
     )
     failover.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
     output = commands.add_parser(
@@ -243,16 +232,16 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_OUTPUT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    output.add_argument("--interval-ms", type=_at_least(5), default=20, help="(20)")
+    output.add_argument("--interval-ms", type=at_least(5), default=20, help="(20)")
     output.add_argument(
-        "--seconds", type=_at_least(1), default=8, help="of each measurement, about (8)"
+        "--seconds", type=at_least(1), default=8, help="of each measurement, about (8)"
     )
-    output.add_argument("--memory", type=_at_least(64), default=512, help="guest size in MiB (512)")
+    output.add_argument("--memory", type=at_least(64), default=512, help="guest size in MiB (512)")
     output.add_argument(
-        "--disk-mb-s", type=_at_least(0), default=0, help="limit of each disk's writes; 0: none (0)"
+        "--disk-mb-s", type=at_least(0), default=0, help="limit of each disk's writes; 0: none (0)"
     )
     output.add_argument(
-        "--network-mbit", type=_at_least(0), default=0, help="limit of the network; 0: none (0)"
+        "--network-mbit", type=at_least(0), default=0, help="limit of the network; 0: none (0)"
     )
     output.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
     capture = commands.add_parser(
@@ -261,8 +250,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=_CAPTURE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    capture.add_argument("--seconds", type=_at_least(2), default=300, help="of load (300)")
-    capture.add_argument("--interval-ms", type=_at_least(5), default=20, help="(20)")
+    capture.add_argument("--seconds", type=at_least(2), default=300, help="of load (300)")
+    capture.add_argument("--interval-ms", type=at_least(5), default=20, help="(20)")
     capture.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
     idle = commands.add_parser(
         "idle",
@@ -270,8 +259,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=_IDLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    idle.add_argument("--seconds", type=_at_least(2), default=20, help="(20)")
-    idle.add_argument("--interval-ms", type=_at_least(5), default=100, help="(100)")
+    idle.add_argument("--seconds", type=at_least(2), default=20, help="(20)")
+    idle.add_argument("--interval-ms", type=at_least(5), default=100, help="(100)")
     idle.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
     managers = commands.add_parser(
         "managers",
@@ -279,11 +268,11 @@ def make_parser() -> argparse.ArgumentParser:
         description=_MANAGERS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    managers.add_argument("--pairs", type=_at_least(1), default=10_000, help="(10000)")
-    managers.add_argument("--hosts", type=_at_least(2), default=500, help="(500)")
-    managers.add_argument("--dead", type=_at_least(1), default=20, help="of them (20)")
-    managers.add_argument("--managers", type=_at_least(1), default=2, help="processes (2)")
-    managers.add_argument("--seed", type=_at_least(0), default=1, help="(1)")
+    managers.add_argument("--pairs", type=at_least(1), default=10_000, help="(10000)")
+    managers.add_argument("--hosts", type=at_least(2), default=500, help="(500)")
+    managers.add_argument("--dead", type=at_least(1), default=20, help="of them (20)")
+    managers.add_argument("--managers", type=at_least(1), default=2, help="processes (2)")
+    managers.add_argument("--seed", type=at_least(0), default=1, help="(1)")
     managers.add_argument(
         "--mariadb", action="store_true", help="on a MariaDB server that is started for it"
     )
@@ -296,9 +285,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_FILTER_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    filters.add_argument("--hosts", type=_at_least(2), default=1000, help="(1000)")
-    filters.add_argument("--pairs", type=_at_least(1), default=100, help="(100)")
-    filters.add_argument("--rounds", type=_at_least(3), default=300, help="of each kind (300)")
+    filters.add_argument("--hosts", type=at_least(2), default=1000, help="(1000)")
+    filters.add_argument("--pairs", type=at_least(1), default=100, help="(100)")
+    filters.add_argument("--rounds", type=at_least(3), default=300, help="of each kind (300)")
     filters.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
     page = commands.add_parser(
         "page",
@@ -311,9 +300,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _common(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--machine", choices=("q35", "pc"), default="q35", help="(q35)")
-    parser.add_argument("--vcpus", type=_at_least(1), default=1, help="(1)")
+    parser.add_argument("--vcpus", type=at_least(1), default=1, help="(1)")
     parser.add_argument(
-        "--rounds", type=_at_least(3), default=rounds, help=f"measurements of each ({rounds})"
+        "--rounds", type=at_least(3), default=rounds, help=f"measurements of each ({rounds})"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write header and rows there")
 

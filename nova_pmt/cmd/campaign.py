@@ -20,12 +20,13 @@ import json
 import logging
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from nova_pmt import unsafe
+from nova_pmt.cmd.arguments import at_least, some_of
 from nova_pmt.evaluation import faults, page
 from nova_pmt.evaluation.plan import KINDS
 from nova_pmt.exception import PmtError
@@ -75,47 +76,25 @@ examples:
 """
 
 
-def _at_least(lowest: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"must be {lowest} or more")
-        return value
-
-    convert.__name__ = "number"  # argparse names it in "invalid number value"
-    return convert
-
-
-def _kinds_of(possible: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    def kinds(text: str) -> tuple[str, ...]:
-        asked = text.split(",")
-        known = tuple(kind for kind in possible if kind in asked)
-        if set(asked) - set(known):
-            raise argparse.ArgumentTypeError(f"kinds are {', '.join(possible)}")
-        return known
-
-    return kinds
-
-
 def _add_trials(
     command: argparse.ArgumentParser, kinds: Sequence[str], what: str, also: Sequence[str] = ()
 ) -> None:
     """What campaigns of both kinds have."""
-    command.add_argument("--trials", type=_at_least(1), default=500, metavar="N", help="(500)")
+    command.add_argument("--trials", type=at_least(1), default=500, metavar="N", help="(500)")
     command.add_argument(
-        "--seed", type=_at_least(0), metavar="N", help="of all that is random (default: random)"
+        "--seed", type=at_least(0), metavar="N", help="of all that is random (default: random)"
     )
     command.add_argument(
         "--kinds",
-        type=_kinds_of((*kinds, *also)),
+        type=some_of((*kinds, *also), "kinds"),
         default=tuple(kinds),
         metavar="KIND,...",
         help=f"{what}: of {', '.join(kinds)} (all)"
         + (f"; with --cluster also {', '.join(also)}" if also else ""),
     )
-    command.add_argument("--clients", type=_at_least(1), default=4, metavar="N", help="(4)")
+    command.add_argument("--clients", type=at_least(1), default=4, metavar="N", help="(4)")
     command.add_argument(
-        "--interval-ms", type=_at_least(5), default=20, metavar="MS", help="of checkpoints (20)"
+        "--interval-ms", type=at_least(5), default=20, metavar="MS", help="of checkpoints (20)"
     )
     command.add_argument("--strategy", default="pmt", help="pmt, kemari or auto (pmt)")
     command.add_argument(

@@ -19,12 +19,12 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from nova_pmt.cmd.arguments import at_least, some_of
 from nova_pmt.evaluation.study.scenarios import SCENARIOS
 from nova_pmt.exception import PmtError
 
@@ -58,27 +58,6 @@ scenarios:
 """ + "".join(f"  {one.name:10}{one.text}\n" for one in SCENARIOS)
 
 
-def _number(kind: type, least: float) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more")
-        return value
-
-    convert.__name__ = "number"  # argparse names it in "invalid number value"
-    return convert
-
-
-def _names(known: Sequence[str], what: str) -> Callable[[str], tuple[str, ...]]:
-    def convert(text: str) -> tuple[str, ...]:
-        asked = text.split(",")
-        if set(asked) - set(known):
-            raise argparse.ArgumentTypeError(f"{what} are {', '.join(known)}")
-        return tuple(name for name in known if name in asked)
-
-    return convert
-
-
 def _links(text: str) -> tuple[int, ...]:
     try:
         found = tuple(int(part) for part in text.split(","))
@@ -104,13 +83,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--scenarios",
-        type=_names([one.name for one in SCENARIOS], "scenarios"),
+        type=some_of([one.name for one in SCENARIOS], "scenarios"),
         metavar="NAME,...",
         help="(all)",
     )
     run.add_argument(
         "--strategies",
-        type=_names(("pmt", "kemari", "auto"), "strategies"),
+        type=some_of(("pmt", "kemari", "auto"), "strategies"),
         metavar="NAME,...",
         help="(all); unprotected is always measured, to compare with",
     )
@@ -125,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--seed", int, 0, "of the order of strategies (1)"),
         ("--memory-mib", int, 128, "of the guest (256)"),
     ):
-        run.add_argument(flag, type=_number(kind, least), metavar="N", help=text)
+        run.add_argument(flag, type=at_least(least, kind), metavar="N", help=text)
     run.add_argument(
         "--directory", type=Path, default=Path("build/eval"), help="for the results (build/eval)"
     )

@@ -17,10 +17,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 from nova_pmt.checkpoint.interfaces import OutputBuffer
+from nova_pmt.checkpoint.wrapped import Wrapped
 
 #: Name of a file that lines are added to.
 VARIABLE = "NOVA_PMT_TRACE"
@@ -50,34 +50,19 @@ class Trace:
         self._file.close()
 
 
-class _Traced:
-    """Implements :class:`nova_pmt.checkpoint.interfaces.OutputBuffer`."""
+class _Traced(Wrapped):
+    """Writes down what is let out."""
 
     def __init__(self, buffer: Any, trace: Trace) -> None:
-        self._buffer, self._trace = buffer, trace
+        super().__init__(buffer)
+        self._trace = trace
         self._ends: dict[int, int | None] = {}
 
     def cut(self, epoch: int) -> None:
-        self._buffer.cut(epoch)
+        super().cut(epoch)
         self._ends[epoch] = getattr(self._buffer, "last_cut", None)
 
     def release(self, epoch: int) -> float | None:
         nic = self._buffer.nic.alias
         self._trace.line(event="release", epoch=epoch, nic=nic, end=self._ends.pop(epoch))
-        held: float | None = self._buffer.release(epoch)
-        return held
-
-    def watch(self, on_output: Callable[[], None]) -> None:
-        self._buffer.watch(on_output)
-
-    @property
-    def waiting_since(self) -> float:
-        return float(self._buffer.waiting_since)
-
-    @property
-    def pressure(self) -> float:
-        return float(self._buffer.pressure)
-
-    @property
-    def broken(self) -> str:
-        return str(self._buffer.broken)
+        return super().release(epoch)
