@@ -116,6 +116,11 @@ class Host(Protocol):
     def destroy(self, uuid: str) -> None:
         """End the domain at once: it lost the pair. No error when it is gone already."""
 
+    def tidy(self, uuid: str) -> None:
+        """Remove what a QEMU that was killed has left: sockets, logs. Nothing while the domain is
+        active. Idempotent.
+        """
+
     def forget_images(self, uuid: str) -> None:
         """Delete the images of a standby that is gone. Idempotent; never those of a guest."""
 

@@ -309,7 +309,18 @@ class LibvirtHost:
         """See the interface."""
         with contextlib.suppress(exception.UnknownDomain):
             self._find(uuid).destroy()
+        self.tidy(uuid)
+
+    def tidy(self, uuid: str) -> None:
+        """See the interface."""
+        with contextlib.suppress(exception.UnknownDomain):
+            if self._find(uuid).active:
+                return
         remove_logs(self._conf, uuid)
+        # A QEMU that is killed cannot remove the sockets that it listened on.
+        directory = guest_domain.qmp_directory(self._conf)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(domainxml.monitor_path(directory, uuid))
 
     def forget_images(self, uuid: str) -> None:
         """See the interface."""
@@ -325,8 +336,12 @@ class LibvirtHost:
             domain = self._find(uuid)
             mark = domainxml.read_mark(domain.xml())
         except (exception.UnknownDomain, exception.GuestGone):
+            self.tidy(uuid)
             return
-        if not domain.active or mark is None or mark.generation > generation:
+        if not domain.active:
+            self.tidy(uuid)
+            return
+        if mark is None or mark.generation > generation:
             return
         with self._monitor(domain) as monitor:
             status = monitor.execute("query-status")["status"]
@@ -334,6 +349,6 @@ class LibvirtHost:
             LOG.warning("%s: a standby of generation %d is '%s'", uuid, mark.generation, status)
             if status == "running":
                 return
-        domain.destroy()
+        self.destroy(uuid)
         if not images_are_kept(self._conf, uuid):
             self.forget_images(uuid)

@@ -17,12 +17,16 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+from oslo_log import log
+
 from nova_pmt.agent.host import Host
 from nova_pmt.agent.pairs import Clock, Pairs
 from nova_pmt.agent.records import Generations
 from nova_pmt.agent.rpcapi import AgentAPI
 from nova_pmt.agent.supervisor import Supervisor
 from nova_pmt.arbiter.base import Arbiter
+
+LOG = log.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,10 @@ class Parts:
     timing: Timing = field(default_factory=Timing)
     clock: Clock = field(default_factory=Clock)
     stopping: threading.Event = field(default_factory=threading.Event)
+
+    def tidy(self, uuid: str) -> None:
+        """Remove what a guest that is gone has left here. Never raises: its pair is over anyway."""
+        try:
+            self.host.tidy(uuid)
+        except Exception as error:  # noqa: BLE001 - whatever libvirt's bindings raise
+            LOG.warning("%s: something of its QEMU may be left: %s", uuid, error)

@@ -213,6 +213,7 @@ class Primaries:
     def _after(self, entry: Entry, outcome: Outcome) -> bool:
         """Decide after a worker's end; whether the guest runs here, alone."""
         if outcome.state in ("unprotected", "ended", "cancelled"):
+            self._parts.tidy(entry.uuid)
             self._parts.pairs.drop(entry, outcome.state, outcome.reason, **outcome.details)
             return False
         if outcome.state == "primary_alone":
@@ -288,6 +289,7 @@ class Primaries:
                 entry.undecided(entry.failed(error))
                 parts.stopping.wait(parts.timing.retry_s)
                 continue
+            parts.tidy(entry.uuid)
             where = entry.pair.standby_host
             parts.pairs.drop(entry, "standby_active", f"{reason}; runs on {where}", **details)
             return False
@@ -323,6 +325,7 @@ class Primaries:
             entry.failures += 1
             try:
                 if not parts.host.is_running(entry.uuid):
+                    parts.tidy(entry.uuid)
                     parts.pairs.drop(entry, "ended", "the guest was shut down while unprotected")
                     return None
                 old = entry.pair

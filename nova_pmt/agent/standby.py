@@ -232,6 +232,7 @@ class Standbys:
             entry.stats = None
             self._parts.pairs.drop(entry, "standby_active", outcome.reason, **outcome.details)
         elif outcome.state in ("cancelled", "unprotected", "ended"):
+            self._parts.tidy(entry.uuid)
             self._parts.pairs.drop(entry, outcome.state, outcome.reason, **outcome.details)
         else:
             self._clean_up(entry, outcome.reason)

@@ -141,6 +141,9 @@ class FakeHost:
         self.calls.append(("destroy", uuid))
         self.define(uuid, self.find(uuid).name, "shut")
 
+    def tidy(self, uuid: str) -> None:
+        self.calls.append(("tidy", uuid))
+
     def holds_state(self, uuid: str, generation: int) -> bool:
         if not self.loaded or self.state(uuid) != "loaded":
             return False

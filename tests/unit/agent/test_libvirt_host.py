@@ -15,6 +15,8 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
+import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +48,9 @@ class Handle:
 
     def name(self) -> str:
         return NAME
+
+    def destroy(self) -> None:
+        self.active = False
 
     def isActive(self) -> bool:  # noqa: N802
         return self.active
@@ -150,3 +155,55 @@ def test_a_libvirtd_that_is_away_is_an_error_of_ours(host: PlayedHost) -> None:
         autostart(host)
     with pytest.raises(exception.GuestError):
         host._let_run(host._find(UUID))
+
+
+@pytest.fixture
+def killed(
+    host: PlayedHost, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """What a QEMU that was killed leaves: its monitor's socket, and the log of a disk."""
+    host._conf = SimpleNamespace(disk=SimpleNamespace(log_directory=str(tmp_path / "logs")))
+    monkeypatch.setattr(libvirt_host.guest_domain, "qmp_directory", lambda conf: str(tmp_path))
+    monitor = tmp_path / f"{UUID}.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(monitor))
+    log = tmp_path / "logs" / UUID / "vda.log"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    return monitor, log
+
+
+@pytest.mark.parametrize("after", ["a death", "a lost pair", "a standby"])
+def test_nothing_is_left_of_a_qemu_that_was_killed(
+    host: PlayedHost, killed: tuple[pathlib.Path, pathlib.Path], after: str
+) -> None:
+    host.handle.active = False
+    for _ in range(2):
+        if after == "a death":
+            host.tidy(UUID)
+        elif after == "a lost pair":
+            host.destroy(UUID)
+        else:
+            host.cleanup_standby(UUID, 7)
+        assert not any(path.exists() for path in killed)
+
+
+def test_a_domain_that_nobody_knows_any_more_leaves_nothing_either(
+    host: PlayedHost,
+    killed: tuple[pathlib.Path, pathlib.Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(name: str) -> Any:
+        raise exception.UnknownDomain("none")
+
+    monkeypatch.setattr(host, "_find", unknown)
+    host.cleanup_standby(UUID, 7)
+    assert not any(path.exists() for path in killed)
+
+
+def test_an_active_domain_keeps_its_monitor_and_its_logs(
+    host: PlayedHost, killed: tuple[pathlib.Path, pathlib.Path]
+) -> None:
+    host.tidy(UUID)
+    host.cleanup_standby(UUID, 6)  # of a newer generation
+    assert all(path.exists() for path in killed)

@@ -112,6 +112,20 @@ def test_a_primary_whose_claim_is_lost_is_destroyed(rig: Rig) -> None:
     assert rig.a.record() is None
 
 
+def test_a_host_that_cannot_be_tidied_keeps_no_pair_open(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(uuid: str) -> None:
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(rig.a.host, "tidy", failing)
+    rig.b.behave(standby="hold")
+    rig.protect()
+    rig.arbiter.claim(UUID, rig.generation(), "standby")
+    rig.a.kill_worker()
+    eventually(lambda: rig.a.recent() == "standby_active")
+
+
 def test_no_claim_is_made_for_a_guest_that_died_so_that_its_standby_goes_on(rig: Rig) -> None:
     rig.b.behave(claim_delay_s=0.05)
     rig.protect()
@@ -122,6 +136,7 @@ def test_no_claim_is_made_for_a_guest_that_died_so_that_its_standby_goes_on(rig:
     eventually(lambda: rig.a.recent() == "standby_active")
     assert rig.arbiter.winner(UUID, generation) == "standby"
     assert rig.b.host.state() == "running"
+    assert ("tidy", UUID) in rig.a.host.calls  # a QEMU that was killed leaves its sockets
 
 
 def test_without_an_answer_from_libvirt_no_claim_is_made_and_the_state_says_so(rig: Rig) -> None:
