@@ -12,7 +12,6 @@
 
 """Options of group ``[nova]``: which servers are protected, and how managers reach Nova."""
 
-from keystoneauth1 import loading
 from oslo_config import cfg
 
 GROUP = cfg.OptGroup("nova", title="Nova")
@@ -106,6 +105,8 @@ tried on all the same; the server runs meanwhile.
 
 def list_auth_opts() -> list[cfg.Opt]:
     """keystoneauth's options of the same group."""
+    from keystoneauth1 import loading  # a third of a worker's start, which has no use for it
+
     return [
         *loading.get_session_conf_options(),
         *loading.get_auth_common_conf_options(),
@@ -115,5 +116,7 @@ def list_auth_opts() -> list[cfg.Opt]:
 
 def register_auth(conf: cfg.ConfigOpts) -> None:
     """For who logs in: managers."""
+    from keystoneauth1 import loading
+
     loading.register_session_conf_options(conf, GROUP.name)
     loading.register_auth_conf_options(conf, GROUP.name)

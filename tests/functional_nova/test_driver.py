@@ -33,6 +33,8 @@ from nova.compute import power_state, task_states
 from nova.network import model as network_model
 from nova.virt import event as virtevent
 from nova.virt import hardware
+from nova.virt.libvirt import config
+from nova.virt.libvirt.vif import LibvirtGenericVIFDriver
 
 from nova_pmt import exception
 from nova_pmt.openstack import policy
@@ -87,9 +89,10 @@ class FakeAgent:
         self.verdicts = ("free", "")
         self.active: str | None = None
         self.here = True
+        self.plug = False
 
     def presence(self) -> Any:
-        return SimpleNamespace(plug=False) if self.here else None
+        return SimpleNamespace(plug=self.plug) if self.here else None
 
     def role(self, uuid: str) -> str | None:
         return self.roles.get(uuid)
@@ -157,6 +160,65 @@ def server(host: str = "b", uuid: str = SERVER, user: str = "user", **more: Any)
 
 def standby(host: str = "b") -> Any:
     return server(host, STANDBY, "managers", metadata={policy.STANDBY: SERVER})
+
+
+def interface(driver: PMTDriver, made: Any, instance: Any) -> str:
+    """The XML of an interface that Nova would have made as it is given."""
+    with mock.patch.object(LibvirtGenericVIFDriver, "get_config", return_value=made):
+        plain: str = driver.vif_driver.get_config(instance, *"1234").to_xml()
+    return " ".join(plain.split())
+
+
+def nic(model: str, **more: Any) -> Any:
+    made = config.LibvirtConfigGuestInterface()
+    made.net_type, made.mac_addr, made.model, made.source_dev = "bridge", "fa:1", model, "br"
+    for name, value in more.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize("plug", ["none", "no agent", "in the kernel"])
+def test_there_is_no_vhost_where_the_kernel_cannot_hold_what_it_sends(
+    driver: PMTDriver, plug: str
+) -> None:
+    driver.agent.plug, driver.agent.here = plug == "in the kernel", plug != "no agent"
+    many = nic("virtio", driver_name="vhost", vhost_queues=2)
+    one, old = nic("virtio"), nic("e1000")
+    wanted = server(mode="pmt")
+    if plug == "in the kernel":
+        assert '<driver name="vhost" queues="2"/>' in interface(driver, many, wanted)
+        assert "<driver" not in interface(driver, one, wanted)
+    else:
+        assert '<driver name="qemu" queues="2"/>' in interface(driver, many, wanted)
+        assert '<driver name="qemu"/>' in interface(driver, one, wanted)
+    assert "<driver" not in interface(driver, old, wanted)
+
+
+def test_an_interface_of_a_server_that_cannot_be_protected_is_novas(driver: PMTDriver) -> None:
+    assert "<driver" not in interface(driver, nic("virtio"), server())
+
+
+def test_a_passed_through_device_is_novas(driver: PMTDriver) -> None:
+    made = config.LibvirtConfigGuestHostdevPCI()
+    made.domain = made.bus = made.slot = made.function = "0"
+    assert "qemu" not in interface(driver, made, server(mode="pmt"))
+
+
+def test_an_interface_that_is_attached_has_no_vhost_either(driver: PMTDriver) -> None:
+    guest = mock.Mock(get_power_state=mock.Mock(return_value=power_state.RUNNING))
+    with (
+        mock.patch.object(driver._host, "get_guest", return_value=guest),
+        mock.patch.object(LibvirtGenericVIFDriver, "plug"),
+        mock.patch.object(LibvirtGenericVIFDriver, "get_config", return_value=nic("virtio")),
+        mock.patch.object(driver, "_build_device_metadata", return_value=None),
+        mock.patch.object(driver, "_get_guest_config_meta"),
+        mock.patch.object(driver, "get_instance_driver_metadata"),
+        mock.patch.object(objects.Instance, "get_network_info"),
+        mock.patch.object(objects.Instance, "save"),
+    ):
+        driver.attach_interface(None, server(mode="pmt"), None, {"address": "fa:1"})
+    (attached,) = (call.args[0] for call in guest.attach_device.call_args_list)
+    assert attached.driver_name == "qemu"
 
 
 @pytest.mark.parametrize("name", GUARDED)

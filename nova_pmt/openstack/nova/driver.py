@@ -179,14 +179,17 @@ class PMTDriver(private.Seams):
     def adapt_xml(self, instance: Any, xml: str) -> str:
         if not self.wish(instance).prepared:
             return xml
-        seen = self.agent.presence()
         directory = os.path.join(self._conf.guest.runtime_directory, guestxml.QMP_DIRECTORY)
-        return guestxml.prepared(
-            xml,
-            instance.uuid,
-            qmp_directory=directory if os.path.isdir(directory) else None,
-            vhost=seen is not None and seen.plug,
-        )
+        found = directory if os.path.isdir(directory) else None
+        return guestxml.prepared(xml, instance.uuid, qmp_directory=found)
+
+    def adapt_interface(self, instance: Any, config: Any) -> None:
+        """No vhost where the kernel cannot hold what it sends."""
+        if getattr(config, "model", None) != "virtio" or not self.wish(instance).prepared:
+            return
+        seen = self.agent.presence()
+        if seen is None or not seen.plug:
+            config.driver_name = "qemu"
 
     def before_start(self, instance: Any) -> None:
         """One copy of a guest: another host may have gone on with it while this one was away."""

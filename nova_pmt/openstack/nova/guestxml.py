@@ -13,8 +13,7 @@
 
 """The XML of a server that is protected, or may be some day; of no other.
 
-Three things make its pauses short, and let its packets be held: memory that can be read from
-outside, a second monitor, and no vhost where the kernel cannot hold what vhost sends.
+Two things make its pauses short: memory that can be read from outside, and a second monitor.
 """
 
 from __future__ import annotations
@@ -28,18 +27,15 @@ from nova_pmt.standby.domainxml import QEMU_NS, monitor_path
 QMP_DIRECTORY = "qmp"
 
 
-def prepared(xml: str, uuid: str, *, qmp_directory: str | None, vhost: bool) -> str:
+def prepared(xml: str, uuid: str, *, qmp_directory: str | None) -> str:
     """The XML with what protection needs; nothing else changes.
 
     :param xml: as Nova has made it.
     :param qmp_directory: where second monitors listen; None: there is no such directory, and a
         guest with a monitor there could not start.
-    :param vhost: the kernel can hold what NICs with vhost send.
     """
     root = ET.fromstring(xml)
     _share_memory(root)
-    if not vhost:
-        _without_vhost(root)
     if qmp_directory is not None:
         _second_monitor(root, monitor_path(qmp_directory, uuid))
     return ET.tostring(root, encoding="unicode")
@@ -60,17 +56,6 @@ def _share_memory(root: ET.Element) -> None:
     if access is None:
         access = ET.SubElement(backing, "access")
     access.set("mode", "shared")
-
-
-def _without_vhost(root: ET.Element) -> None:
-    for interface in root.iterfind("devices/interface"):
-        model = interface.find("model")
-        if model is None or model.get("type") != "virtio":
-            continue
-        driver = interface.find("driver")
-        if driver is None:
-            driver = ET.SubElement(interface, "driver")
-        driver.set("name", "qemu")
 
 
 def _second_monitor(root: ET.Element, path: str) -> None:

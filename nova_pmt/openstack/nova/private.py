@@ -23,6 +23,7 @@ name                                         series        difference
 ``vif_driver``, ``_uri``,
 ``_handle_conn_event``
 ``LibvirtDriver._get_guest_xml``             32, 33, 34    ``old_guest`` since 33
+``LibvirtGenericVIFDriver.get_config``       32, 33, 34
 ``LibvirtDriver._hard_reboot``               32, 33, 34
 ``LibvirtDriver._ensure_console_log_for_``   32, 33, 34
 ``instance``, ``_undefine_domain``
@@ -63,6 +64,19 @@ class _Host(host.Host):
         return super()._get_domain(self._driver.domain_of(instance))
 
 
+class _Interfaces(vif.LibvirtGenericVIFDriver):
+    """What Nova makes of its ports: for a domain's XML, and for an interface that is attached."""
+
+    def __init__(self, driver: Seams, libvirt_host: _Host) -> None:
+        super().__init__(libvirt_host)
+        self._driver = driver
+
+    def get_config(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        config = super().get_config(instance, *args, **kwargs)
+        self._driver.adapt_interface(instance, config)
+        return config
+
+
 class Seams(LibvirtDriver):
     """Nova's libvirt driver, with the places where ours is different under public names."""
 
@@ -75,7 +89,7 @@ class Seams(LibvirtDriver):
             lifecycle_event_handler=self.emit_event,
             conn_event_handler=self._handle_conn_event,
         )
-        self.vif_driver = vif.LibvirtGenericVIFDriver(self._host)
+        self.vif_driver = _Interfaces(self, self._host)
 
     # -- what may be overridden -----------------------------------------------------------
 
@@ -89,6 +103,9 @@ class Seams(LibvirtDriver):
     def adapt_xml(self, instance: Any, xml: str) -> str:
         """The XML to define for a server, from the one that Nova has made."""
         return xml
+
+    def adapt_interface(self, instance: Any, config: Any) -> None:
+        """Change an interface (``LibvirtConfigGuestInterface``) before it is written as XML."""
 
     def before_start(self, instance: Any) -> None:
         """The server's domain is about to be made anew, and started."""

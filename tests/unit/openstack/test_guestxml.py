@@ -28,23 +28,14 @@ PLAIN = f"""<domain type="kvm">
   <metadata><nova:instance xmlns:nova="http://openstack.org/xmlns/libvirt/nova/1.1"/></metadata>
   <devices>
     <disk type="file"><source file="/x"/></disk>
-    <interface type="bridge"><model type="virtio"/><driver name="vhost" queues="2"/></interface>
     <interface type="bridge"><model type="virtio"/></interface>
-    <interface type="bridge"><model type="e1000"/></interface>
   </devices>
 </domain>
 """
 
 
-def prepared(
-    xml: str = PLAIN, directory: str | None = "/run/qmp", vhost: bool = False
-) -> ET.Element:
-    return ET.fromstring(guestxml.prepared(xml, UUID, qmp_directory=directory, vhost=vhost))
-
-
-def drivers(root: ET.Element) -> list[dict[str, str] | None]:
-    found = [one.find("driver") for one in root.iterfind("devices/interface")]
-    return [None if one is None else dict(one.attrib) for one in found]
+def prepared(xml: str = PLAIN, directory: str | None = "/run/qmp") -> ET.Element:
+    return ET.fromstring(guestxml.prepared(xml, UUID, qmp_directory=directory))
 
 
 def test_memory_can_be_read_from_outside() -> None:
@@ -71,13 +62,8 @@ def test_what_nova_says_of_memory_stays(backing: str, left: list[str]) -> None:
     assert found[0].find("access").get("mode") == "shared"  # type: ignore[union-attr]
 
 
-def test_there_is_no_vhost_where_the_kernel_cannot_hold_what_it_sends() -> None:
-    assert drivers(prepared()) == [{"name": "qemu", "queues": "2"}, {"name": "qemu"}, None]
-    assert drivers(prepared(vhost=True)) == [{"name": "vhost", "queues": "2"}, None, None]
-
-
 def test_the_second_monitor_is_one_that_a_standby_replaces() -> None:
-    xml = guestxml.prepared(PLAIN, UUID, qmp_directory="/run/qmp", vhost=True)
+    xml = guestxml.prepared(PLAIN, UUID, qmp_directory="/run/qmp")
     arguments = [one.get("value") for one in ET.fromstring(xml).iter(f"{{{domainxml.QEMU_NS}}}arg")]
     assert arguments == ["-qmp", f"unix:/run/qmp/{UUID}.sock,server=on,wait=off"]
     standby = domainxml.standby_xml(xml, "/other/x.sock", domainxml.Mark(1, "a", True))
@@ -85,7 +71,7 @@ def test_the_second_monitor_is_one_that_a_standby_replaces() -> None:
 
 
 def test_without_its_directory_there_is_no_second_monitor() -> None:
-    assert "commandline" not in guestxml.prepared(PLAIN, UUID, qmp_directory=None, vhost=True)
+    assert "commandline" not in guestxml.prepared(PLAIN, UUID, qmp_directory=None)
 
 
 def test_the_directory_is_the_agents() -> None:
