@@ -231,7 +231,18 @@ def _numbers(role: str, stats: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         (f"{_two(stats, 'cache', 'used_mib', 'backed_mib')}/{number(stats, 'cache', 'limit_mib')}"),
     )
     yield "delta cache MiB", number(stats, "delta_cache_mib")
+    yield "compression", _compression(stats.get("codec"))
     yield "last commit", f"{number(stats, 'last_commit_age_ms', digits=0)} ms ago"
+
+
+def _compression(codec: Any) -> str:
+    """What a worker's codec does to pages."""
+    if not isinstance(codec, Mapping):
+        return "none"
+    level, left = codec.get("level"), codec.get("left")
+    if level is None or not isinstance(left, (int, float)):
+        return f"{codec.get('name')}: pages as they are"
+    return f"{codec.get('name')} {level}: pages to {left:.0%}"
 
 
 def _outputs(stats: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -64,6 +64,15 @@ written often, to send only what changes in them. Where that costs more time tha
 left off for a while. 0: whole pages are sent.
 """,
     ),
+    cfg.ListOpt(
+        "codecs",
+        default=["zstd", "lz4"],
+        help="""
+What a primary may compress checkpoints with (plug-ins of ``nova_pmt.codecs``), best first: the
+first that its standby has as well is used, as hard as it pays on this network with the CPU that is
+left, which may be not at all. Empty: nothing is compressed.
+""",
+    ),
     cfg.IntOpt(
         "connect_timeout_s",
         default=30,

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nova_pmt.checkpoint.interfaces import PAGE_SIZE, PageNumbers, Pages
+from nova_pmt.codecs.choice import SENDING_S_PER_BYTE
 
 WORD_BYTES = 8
 PAGE_WORDS = PAGE_SIZE // WORD_BYTES
@@ -39,8 +40,6 @@ PAGE_BYTES, CHANGE_BYTES = 8 + 2, 8 + 2
 STATE_CHANGE_BYTES = 8 + 4
 #: A delta is worth it up to this share of the whole.
 WORTH = 0.5
-#: What sending a byte costs our thread at least: TLS takes 2 ms for a megabyte on a small machine.
-SENDING_S_PER_BYTE = 2e-9
 #: So many pages say whether deltas pay.
 JUDGED_PAGES = 1024
 #: For how long nothing is tried after deltas did not pay.

@@ -35,13 +35,12 @@ from nova_pmt import exception
 from nova_pmt.replication import tls
 from nova_pmt.replication.protocol import HEADER, LIMITS, Header, Type
 from nova_pmt.replication.silence import MOST, SilenceLimit
+from nova_pmt.replication.speed import Speed
 
 #: One send: small enough that a pause finds the thread free soon.
 SEND_BYTES = 256 << 10
 #: Read or write at most so much before the other things of the I/O loop get their turn.
 TURN_BYTES = 4 << 20
-#: The speed of sending is noted anew after so many bytes.
-SPEED_BYTES = 4 << 20
 #: Buffers of a frame, and what to call when they were sent.
 Buffers = list[memoryview]
 
@@ -175,9 +174,8 @@ class Link:
         self._worked = 0
         self.sent_bytes = 0
         self.received_bytes = 0
-        #: What sending a byte takes, in seconds, when there is much to send; 0: not known yet.
-        self.s_per_byte = 0.0
-        self._busy_from: tuple[float, int] | None = None  # the clock, and sent_bytes
+        #: The I/O thread's.
+        self.speed = Speed()
         self._closed = False
         # So that nobody writes to a descriptor that was closed, or registers one.
         self._poking = threading.Lock()
@@ -302,8 +300,6 @@ class Link:
 
     def _write(self, *, breath: bool = False) -> None:
         left = SEND_BYTES if breath else TURN_BYTES
-        if self._busy_from is None and not self.idle:
-            self._busy_from = (self._clock(), self.sent_bytes)
         try:
             while (breath or not self._held) and self._next_part():
                 if left <= 0:  # the socket takes all we have: let others have their turn
@@ -340,27 +336,13 @@ class Link:
             done, self._current = self._current, None
             done.sent()
         if not self._queue:
-            self._note_speed()
-            self._busy_from = None
+            self.speed.idle()
             return False
-        if self._busy_from is not None and self.sent_bytes - self._busy_from[1] >= SPEED_BYTES:
-            self._note_speed()
-            self._busy_from = (self._clock(), self.sent_bytes)
+        self.speed.busy(self.sent_bytes)
         self._current = self._queue.popleft()
         self._parts.extend(self._current.begin())
         self._worked = self._current.work
         return True
-
-    def _note_speed(self) -> None:
-        """A stretch of time in which there was always something to send is over."""
-        if self._busy_from is None:
-            return
-        since, before = self._busy_from
-        count = self.sent_bytes - before
-        if count < SPEED_BYTES // 16:
-            return  # says more of the round trip than of the link
-        speed = (self._clock() - since) / count
-        self.s_per_byte += (speed - self.s_per_byte) * (0.2 if self.s_per_byte else 1.0)
 
     def _want(self, interest: int) -> None:
         if interest != self._interest and self._selector is not None:

@@ -16,7 +16,8 @@ Each frame is a header of 24 bytes, big endian, and a payload::
 
     0   2s   magic "PM"
     2   u8   type
-    3   u8   flags: 1 in COMMIT: the device state is a delta against the last one
+    3   u8   flags: 1 in COMMIT: the device state is a delta against the last one;
+             2 in PAGES, DELTA, BLOCK and LOG: compressed (see below)
     4   u32  length of the payload, in bytes
     8   u64  epoch
     16  u64  value; its meaning depends on the type
@@ -24,14 +25,17 @@ Each frame is a header of 24 bytes, big endian, and a payload::
 ===========  ====  ===========================================================================
 type         from  payload; epoch; value
 ===========  ====  ===========================================================================
-HELLO        P     JSON: protocol, pair, layout, disks. Its form never changes between versions
-WELCOME      S     JSON: protocol, images (generation and epoch of disks that were kept, or null)
+HELLO        P     JSON: protocol, pair, layout, disks, codecs. Its form never changes between
+                   versions
+WELCOME      S     JSON: protocol, images (generation and epoch of disks that were kept, or null),
+                   codec (the one of the primary's that is used, or null)
 COPY         P     JSON: full. The first copy of disks begins: of all, or of what has changed
 BLOCK        P     data of a disk's first copy, before checkpoint 1; disk and offset
 LOG          P     a part of a disk's write log, as QEMU wrote it; epoch; disk
 PRELUDE      P     head of the activation stream (ROMs)
 PAGES        P     value x int64 page numbers, little endian, then value x 4096 bytes; epoch
 DELTA        P     changes of pages against the last commit (see delta.py); epoch; pages
+ZEROS        P     value x int64 page numbers, of pages that are zero; epoch
 COMMIT       P     xxh3_128 of the checkpoint (16 bytes), device state; epoch; pages sent in all
 COMMITTED    S     none; epoch; first half of the checksum, as the standby found it
 HEARTBEAT    both  none
@@ -41,6 +45,10 @@ SWITCHOVER   P     none; epoch of the final checkpoint: the standby shall go on
 ACTIVATED    S     JSON: times. The standby runs
 ERROR        S     JSON: code, message, cure; the connection ends
 ===========  ====  ===========================================================================
+
+Compressed: of PAGES the contents, after the numbers; of the others the whole payload, after its
+length (u32, big endian). The codec is the one of WELCOME. A standby that names none there does not
+know compressed frames, nor ZEROS.
 
 Where the value names a disk, its highest byte is the disk's number and the rest an offset in bytes.
 
@@ -54,6 +62,7 @@ from __future__ import annotations
 import enum
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +77,16 @@ HEADER = struct.Struct("!2sBBIQQ")
 DIGEST_BYTES = 16
 #: Flag of a COMMIT frame.
 STATE_IS_DELTA = 1
+#: Flag of PAGES, DELTA, BLOCK and LOG frames.
+PACKED = 2
 MAX_PAGES = 256
 NUMBER_BYTES = 8
 #: Most that one BLOCK or LOG frame holds.
 DISK_BYTES = 1 << 20
 MAX_DISKS = 128
 _DISK_SHIFT = 56
+#: More than so many that a primary offers are not looked at.
+_MAX_CODECS = 16
 
 
 class Type(enum.IntEnum):
@@ -95,6 +108,7 @@ class Type(enum.IntEnum):
     BLOCK = 14
     LOG = 15
     DELTA = 16
+    ZEROS = 17
 
 
 _JSON_LIMIT = 1 << 16
@@ -116,7 +130,13 @@ LIMITS: dict[Type, int] = {
     Type.BLOCK: DISK_BYTES,
     Type.LOG: DISK_BYTES,
     Type.DELTA: MAX_PAGES * (NUMBER_BYTES + PAGE_SIZE),
+    Type.ZEROS: MAX_PAGES * NUMBER_BYTES,
 }
+#: Flags that frames may have, and how long those with PACKED are at least.
+_FLAGS = {Type.COMMIT: STATE_IS_DELTA} | dict.fromkeys(
+    (Type.PAGES, Type.DELTA, Type.BLOCK, Type.LOG), PACKED
+)
+_LEAST_PACKED = 5
 
 
 def disk_value(disk: int, offset: int = 0) -> int:
@@ -157,19 +177,31 @@ class Header:
             raise exception.ProtocolMismatch(f"unknown frame type {kind}") from None
         if length > LIMITS[known]:
             raise exception.ProtocolMismatch(f"{known.name} frame of {length} bytes")
-        if known is Type.PAGES and (
-            not 0 < value <= MAX_PAGES or length != value * (NUMBER_BYTES + PAGE_SIZE)
-        ):
-            raise exception.ProtocolMismatch(f"PAGES frame of {length} bytes for {value} pages")
-        if known is Type.DELTA and not 0 < value <= MAX_PAGES:
-            raise exception.ProtocolMismatch(f"DELTA frame for {value} pages")
+        if flags & ~_FLAGS.get(known, 0):
+            raise exception.ProtocolMismatch(f"frame with unknown flags {flags:#x}")
+        packed = bool(flags & PACKED and known is not Type.COMMIT)
+        if known in (Type.PAGES, Type.DELTA, Type.ZEROS):
+            cls._check_pages(known, length, value, packed)
+        elif packed and length < _LEAST_PACKED:
+            raise exception.ProtocolMismatch(f"packed {known.name} frame of {length} bytes")
         if known in (Type.BLOCK, Type.LOG) and not length:
             raise exception.ProtocolMismatch(f"{known.name} frame without data")
         if known is Type.COMMIT and length < DIGEST_BYTES:
             raise exception.ProtocolMismatch(f"COMMIT frame of {length} bytes")
-        if flags & ~(STATE_IS_DELTA if known is Type.COMMIT else 0):
-            raise exception.ProtocolMismatch(f"frame with unknown flags {flags:#x}")
         return cls(known, length, epoch, value, flags)
+
+    @staticmethod
+    def _check_pages(kind: Type, length: int, count: int, packed: bool) -> None:
+        numbers, whole = count * NUMBER_BYTES, count * (NUMBER_BYTES + PAGE_SIZE)
+        right = {
+            Type.PAGES: numbers < length < whole if packed else length == whole,
+            Type.DELTA: length >= (_LEAST_PACKED if packed else 0),
+            Type.ZEROS: length == numbers,
+        }[kind]
+        if not (0 < count <= MAX_PAGES and right):
+            raise exception.ProtocolMismatch(
+                f"{kind.name} frame of {length} bytes for {count} pages"
+            )
 
 
 def pack_json(kind: Type, data: dict[str, Any], epoch: int = 0) -> bytes:
@@ -221,8 +253,16 @@ class Digest:
         return value
 
 
-def hello(pair: dict[str, Any], layout: list[dict[str, Any]], disks: list[dict[str, Any]]) -> bytes:
-    """The first frame of a primary."""
+def hello(
+    pair: dict[str, Any],
+    layout: list[dict[str, Any]],
+    disks: list[dict[str, Any]],
+    codecs: Sequence[str] = (),
+) -> bytes:
+    """The first frame of a primary.
+
+    :param codecs: names of those that it can compress with, best first.
+    """
     return pack_json(
         Type.HELLO,
         {
@@ -231,8 +271,17 @@ def hello(pair: dict[str, Any], layout: list[dict[str, Any]], disks: list[dict[s
             "pair": pair,
             "layout": layout,
             "disks": disks,
+            "codecs": list(codecs),
         },
     )
+
+
+def offered_codecs(hello: dict[str, Any]) -> list[str]:
+    """Names of the codecs that a primary offers; what is none is left out."""
+    offered = hello.get("codecs")
+    if not isinstance(offered, list):
+        return []
+    return [one for one in offered[:_MAX_CODECS] if isinstance(one, str) and one.isidentifier()]
 
 
 def receipt_of(digest: bytes) -> int:

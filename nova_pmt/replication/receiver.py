@@ -27,15 +27,17 @@ import numpy as np
 
 from nova_pmt import exception, faultpoint
 from nova_pmt.checkpoint.cache import SLAB_PAGES, SlabCache
-from nova_pmt.checkpoint.interfaces import PageNumbers, Pages
+from nova_pmt.checkpoint.interfaces import PAGE_SIZE, PageNumbers, Pages
 from nova_pmt.checkpoint.statistics import RING, percentiles
-from nova_pmt.replication import delta
+from nova_pmt.codecs.base import Codec
+from nova_pmt.replication import delta, packing
 from nova_pmt.replication.link import Buffers
 from nova_pmt.replication.protocol import (
     DIGEST_BYTES,
     DISK_BYTES,
     MAX_PAGES,
     NUMBER_BYTES,
+    PACKED,
     STATE_IS_DELTA,
     Digest,
     Header,
@@ -47,6 +49,8 @@ from nova_pmt.replication.protocol import (
 assert MAX_PAGES <= SLAB_PAGES  # a PAGES frame fits into one slab
 #: So much is applied before the primary hears of us again: some milliseconds' worth.
 BREATHE_SLABS = 16
+#: Frames that make up a checkpoint, but for the last one.
+PARTS = frozenset({Type.PAGES, Type.ZEROS, Type.DELTA, Type.BLOCK, Type.LOG})
 
 
 class Image(Protocol):
@@ -88,14 +92,16 @@ class Disks(Protocol):
 class Receiver:
     """Stages, verifies, commits, applies.
 
-    Implements :class:`nova_pmt.replication.link.FrameHandler` for PAGES, DELTA, BLOCK, LOG and
-    COMMIT frames; the standby hands it those.
+    Implements :class:`nova_pmt.replication.link.FrameHandler` for :data:`PARTS`, and takes COMMIT
+    frames; the standby hands it those.
 
     :param staging: where checkpoints wait.
     :param acknowledge: called with the epoch when it is whole and verified; before it is applied.
     :param check_state: raises when a device state is not one.
     :param breathe: called again and again while a large checkpoint is applied, so that the primary
         hears of us.
+
+    :ivar codec: what compressed frames are compressed with; agreed on in the handshake.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class Receiver:
         self._staging = staging
         self._acknowledge = acknowledge
         self._check_state = check_state
+        self.codec: Codec | None = None
         self._numbers: PageNumbers = np.zeros((staging.limit_slabs, SLAB_PAGES), np.int64)
         self._staged: list[tuple[int, int]] = []  # slab, pages
         self._filling = -1
@@ -136,9 +143,10 @@ class Receiver:
         slab = self._filling = self._staging_slab()
         first = slab * SLAB_PAGES
         numbers = self._numbers[slab, : header.value].data.cast("B")
-        data = self._staging.pages[first : first + header.value].data.cast("B")
         assert len(numbers) == header.value * NUMBER_BYTES
-        return [numbers, data]
+        if header.flags & PACKED:
+            return [numbers, memoryview(bytearray(header.length - len(numbers)))]
+        return [numbers, self._staging.pages[first : first + header.value].data.cast("B")]
 
     def _staging_slab(self) -> int:
         slab = self._take_slab()
@@ -178,62 +186,89 @@ class Receiver:
             self._staged.append((slab, len(part)))
         self._staging.give_back(slabs[len(self._staged) :])
 
-    def pages(self, header: Header, payload: Buffers) -> None:
-        """A PAGES frame is complete.
+    def frame(self, header: Header, payload: Buffers) -> None:
+        """A part of a checkpoint is complete.
 
-        :raises nova_pmt.exception.CheckpointCorrupt: it names pages that there are not.
+        :raises nova_pmt.exception.CheckpointCorrupt: it is not what its type says, or names pages
+            or a disk that there are not.
+        :raises nova_pmt.exception.PeerError: it comes when it must not, or a disk's image cannot
+            be written.
         """
+        if header.type is Type.PAGES:
+            self._pages(header, payload)
+            return
+        data = payload[0]
+        if header.flags & PACKED:
+            data = packing.unpack_whole(self.codec, header, data)
+        if header.type is Type.ZEROS:
+            self._zeros(header, data)
+        elif header.type is Type.DELTA:
+            self._delta(header, data)
+        else:
+            self._disk(header, data)
+
+    def _pages(self, header: Header, payload: Buffers) -> None:
         slab = self._filling
-        numbers = self._numbers[slab, : header.value]
-        if int(numbers.min()) < 0 or int(numbers.max()) >= self._image.page_count:
-            raise exception.CheckpointCorrupt(
-                f"page number out of range in checkpoint {header.epoch}"
-            )
+        self._check_numbers(header, self._numbers[slab, : header.value])
+        first = slab * SLAB_PAGES
+        contents = self._staging.pages[first : first + header.value].data.cast("B")
+        if header.flags & PACKED:
+            packing.unpack(self.codec, header, payload[1], contents)
         self._filling = -1
-        self._digest.add_pages(payload[0], payload[1], header.value)
+        self._digest.add_pages(payload[0], contents, header.value)
         self._staged.append((slab, header.value))
         faultpoint.reach("standby.staging")
         if not self.committed:
             self._apply()
 
-    def delta(self, header: Header, payload: memoryview) -> None:
-        """A DELTA frame is complete: pages of the image, changed.
+    def _check_numbers(self, header: Header, numbers: PageNumbers) -> None:
+        if int(numbers.min()) < 0 or int(numbers.max()) >= self._image.page_count:
+            raise exception.CheckpointCorrupt(
+                f"page number out of range in checkpoint {header.epoch}"
+            )
 
-        :raises nova_pmt.exception.CheckpointCorrupt: it is none.
+    def _zeros(self, header: Header, payload: memoryview) -> None:
+        numbers = np.frombuffer(payload, "<i8").astype(np.int64)
+        self._check_numbers(header, numbers)
+        self._room(numbers)[:] = 0
+        self._digest.add_pages(payload, packing.ZEROS[: len(numbers) * PAGE_SIZE], len(numbers))
+        if not self.committed:
+            self._apply()
+
+    def _room(self, numbers: PageNumbers) -> Pages:
+        """Where the contents of these pages are staged.
+
+        Of a slab that was sent in several frames the first is staged already, and leaves room for
+        just the others.
         """
+        slab, used = self._staged[-1] if self._staged else (-1, SLAB_PAGES)
+        if used + len(numbers) <= SLAB_PAGES:
+            self._staged.pop()
+        else:
+            slab, used = self._staging_slab(), 0
+        first, end = slab * SLAB_PAGES + used, used + len(numbers)
+        self._numbers[slab, used:end] = numbers
+        self._staged.append((slab, end))
+        return self._staging.pages[first : first + len(numbers)]
+
+    def _delta(self, header: Header, payload: memoryview) -> None:
+        """Pages of the image, changed."""
         try:
             numbers, rows, places, words = delta.decode(payload, header.value)
-            if int(numbers.min()) < 0 or int(numbers.max()) >= self._image.page_count:
-                raise ValueError("page number out of range")
         except ValueError as error:
             raise exception.CheckpointCorrupt(
                 f"delta in checkpoint {header.epoch}: {error}"
             ) from error
-        # Of a slab that was sent as whole pages and as changes the former are staged already, and
-        # leave room for just these.
-        slab, used = self._staged[-1] if self._staged else (-1, SLAB_PAGES)
-        shares = used + header.value <= SLAB_PAGES
-        if not shares:
-            slab, used = self._staging_slab(), 0
-        first = slab * SLAB_PAGES + used
-        pages = self._staging.pages[first : first + header.value]
+        self._check_numbers(header, numbers)
+        pages = self._room(numbers)
         self._image.read(numbers, pages)
         pages.view(np.uint64)[rows, places] = words
-        self._numbers[slab, used : used + header.value] = numbers
         self._digest.add_pages(
             numbers.astype("<i8", copy=False).tobytes(), pages.data.cast("B"), header.value
         )
-        if shares:
-            self._staged.pop()
-        self._staged.append((slab, used + header.value))
         faultpoint.reach("standby.rebuilt")
 
-    def disk(self, header: Header, payload: memoryview) -> None:
-        """A BLOCK or LOG frame is complete.
-
-        :raises nova_pmt.exception.PeerError: it names a disk that there is not, comes when it
-            must not, or holds no log; or an image cannot be written.
-        """
+    def _disk(self, header: Header, payload: memoryview) -> None:
         assert len(payload) <= DISK_BYTES
         disk, offset = disk_of(header.value)
         if disk >= self._disks.count:

@@ -20,17 +20,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nova_pmt import exception
 from nova_pmt.checkpoint.interfaces import PAGE_SIZE, PageNumbers, Pages
+from nova_pmt.codecs.base import Codec
 from nova_pmt.replication import delta
 from nova_pmt.replication.delta import Base, Gate
 from nova_pmt.replication.link import Buffers, Link
+from nova_pmt.replication.packing import LENGTH, ZEROS, Packer, zero_pages
 from nova_pmt.replication.protocol import (
     NUMBER_BYTES,
+    PACKED,
     STATE_IS_DELTA,
     Digest,
     Header,
@@ -38,6 +43,7 @@ from nova_pmt.replication.protocol import (
     disk_value,
     receipt_of,
 )
+from nova_pmt.replication.speed import Mark, Speed
 
 #: Deltas of so many pages are always tried: an idle guest's.
 FEW_PAGES = 128
@@ -46,7 +52,9 @@ PAGE_BYTES_SENT = NUMBER_BYTES + PAGE_SIZE
 
 
 class _PagesFrame:
-    """A PAGES or a DELTA frame, or both: pages that hardly changed, and the others before them."""
+    """PAGES, ZEROS and DELTA frames, in this order: pages that are sent whole, that are zero, and
+    that hardly changed.
+    """
 
     def __init__(
         self,
@@ -57,12 +65,13 @@ class _PagesFrame:
         digest: Digest,
         base: Base | None,
         gate: Gate,
-        s_per_byte: Callable[[], float],
+        packer: Packer | None,
+        speed: Speed,
     ) -> None:
         self.work = 0
         self._epoch, self._numbers, self._data = epoch, numbers, data
         self._sent, self._digest, self._base, self._gate = sent, digest, base, gate
-        self._s_per_byte = s_per_byte
+        self._packer, self._speed = packer, speed
 
     def begin(self) -> Buffers:
         numbers, data, base = self._numbers, self._data, self._base
@@ -86,16 +95,17 @@ class _PagesFrame:
 
     def _with_changes(self, base: Base, known: npt.NDArray[np.bool_], few: bool) -> Buffers:
         """Pages that hardly changed since they were sent last as deltas, the others whole."""
-        start = time.thread_time()
+        start = time.perf_counter()
         all_known = bool(known.all())
         numbers = self._numbers if all_known else self._numbers[known]
         data = self._data if all_known else self._data[known]
         worth, changes = base.encode(numbers, data)
         count = int(np.count_nonzero(worth))
+        spent = time.perf_counter() - start
+        self._speed.worked(spent)
         if not few:
             saved = count * PAGE_BYTES_SENT - len(changes)
-            spent = time.thread_time() - start
-            self._gate.count(len(numbers), spent, saved, self._s_per_byte())
+            self._gate.count(len(numbers), spent, saved, self._speed.s_per_byte)
         parts: Buffers = []
         whole = ~known
         whole[known] = ~worth
@@ -109,26 +119,54 @@ class _PagesFrame:
         return parts
 
     def _whole(self, numbers: PageNumbers, data: Pages) -> Buffers:
+        """Not as changes; those that are zero as their numbers, where the standby knows of that."""
+        if self._packer is None:
+            return self._full(numbers, data)
+        zero = zero_pages(data)
+        if not zero.any():
+            return self._full(numbers, data)
+        parts: Buffers = []
+        if not zero.all():
+            parts = self._full(numbers[~zero], np.ascontiguousarray(data[~zero]))
+        numbers = numbers[zero]
+        places = numbers.astype("<i8", copy=False).tobytes()
+        self._digest.add_pages(places, ZEROS[: len(numbers) * PAGE_SIZE], len(numbers))
+        header = Header(Type.ZEROS, len(places), self._epoch, len(numbers))
+        return [*parts, memoryview(header.pack() + places)]
+
+    def _full(self, numbers: PageNumbers, data: Pages) -> Buffers:
         places, contents = numbers.astype("<i8", copy=False).tobytes(), data.data.cast("B")
         self._digest.add_pages(places, contents, len(numbers))
-        header = Header(Type.PAGES, len(places) + len(contents), self._epoch, len(numbers))
+        packed = self._packer.pack(Type.PAGES, contents) if self._packer is not None else None
+        flags = 0
+        if packed is not None:
+            self.work += len(contents)
+            contents, flags = memoryview(packed), PACKED
+        length = len(places) + len(contents)
+        header = Header(Type.PAGES, length, self._epoch, len(numbers), flags)
         return [memoryview(header.pack() + places), contents]
 
     def _delta(self, numbers: PageNumbers, data: Pages, changes: bytes) -> Buffers:
         places = numbers.astype("<i8", copy=False).tobytes()
         self._digest.add_pages(places, data.data.cast("B"), len(numbers))
-        header = Header(Type.DELTA, len(changes), self._epoch, len(numbers))
-        return [memoryview(header.pack() + changes)]
+        return _packed(self._packer, Type.DELTA, self._epoch, len(numbers), memoryview(changes))
 
     def sent(self) -> None:
         if self._sent is not None:
             self._sent()
 
 
+def _packed(packer: Packer | None, kind: Type, epoch: int, value: int, data: memoryview) -> Buffers:
+    """A frame whose payload is compressed as a whole, if that pays."""
+    packed = packer.pack(kind, data) if packer is not None else None
+    if packed is None:
+        return [memoryview(Header(kind, len(data), epoch, value).pack()), data]
+    header = Header(kind, LENGTH.size + len(packed), epoch, value, PACKED)
+    return [memoryview(header.pack() + LENGTH.pack(len(data))), memoryview(packed)]
+
+
 class _DiskFrame:
     """A BLOCK or a LOG frame."""
-
-    work = 0
 
     def __init__(
         self,
@@ -138,33 +176,53 @@ class _DiskFrame:
         data: memoryview,
         sent: Callable[[], None] | None,
         digest: Digest,
+        packer: Packer | None,
     ) -> None:
+        self.work = 0
         self._kind, self._epoch, self._value = kind, epoch, value
-        self._data, self._sent, self._digest = data, sent, digest
+        self._data, self._sent, self._digest, self._packer = data, sent, digest, packer
 
     def begin(self) -> Buffers:
-        self._digest.add_disk(self._value, self._data)
-        header = Header(self._kind, len(self._data), self._epoch, self._value)
-        return [memoryview(header.pack()), self._data]
+        data = self._data
+        self._digest.add_disk(self._value, data)
+        parts = _packed(self._packer, self._kind, self._epoch, self._value, data)
+        if len(parts[1]) < len(data):
+            self.work = len(data)
+        return parts
 
     def sent(self) -> None:
         if self._sent is not None:
             self._sent()
 
 
+@dataclass(frozen=True)
+class _Due:
+    """The answer to a commit that the standby owes."""
+
+    receipt: int
+    asked: tuple[Mark, int]
+
+
 class _CommitFrame:
     work = 0
 
     def __init__(
-        self, epoch: int, before: bytes, state: bytes, digest: Digest, sums: dict[int, int]
+        self,
+        epoch: int,
+        before: bytes,
+        state: bytes,
+        digest: Digest,
+        due: dict[int, _Due],
+        link: Link,
     ) -> None:
         self._epoch, self._before, self._state, self._digest = epoch, before, state, digest
-        self._sums = sums
+        self._due, self._link = due, link
 
     def begin(self) -> Buffers:
         pages = self._digest.pages
         digest = self._digest.finish(self._state)
-        self._sums[self._epoch] = receipt_of(digest)
+        asked = self._link.speed.asked(self._link.sent_bytes)
+        self._due[self._epoch] = _Due(receipt_of(digest), asked)
         changes = delta.encode_state(self._before, self._state)
         state = self._state if changes is None else changes
         flags = 0 if changes is None else STATE_IS_DELTA
@@ -181,16 +239,24 @@ class Sender:
     :param page_count: of the guest.
     :param delta_pages: of how many pages copies are kept to send only what changes in them; 0:
         whole pages are sent.
+    :param codec: name of the codec that the standby agreed to, and the codec; None: it knows of
+        none, nor of zero pages.
     """
 
-    def __init__(self, link: Link, page_count: int, delta_pages: int) -> None:
+    def __init__(
+        self,
+        link: Link,
+        page_count: int,
+        delta_pages: int,
+        codec: tuple[str, Codec] | None = None,
+    ) -> None:
         self._link = link
+        self._packer = Packer(*codec, link.speed) if codec is not None else None
         self._digest = Digest()
         self._base = Base(page_count, delta_pages) if delta_pages else None
         self._gate = Gate()
         self._state = b""
-        #: Receipts that are due; the I/O thread's.
-        self._sums: dict[int, int] = {}
+        self._due: dict[int, _Due] = {}  # the I/O thread's
         self.hold = link.hold
         self.go_on = link.go_on
 
@@ -206,33 +272,48 @@ class Sender:
     def _frame(
         self, epoch: int, numbers: PageNumbers, data: Pages, sent: Callable[[], None] | None
     ) -> _PagesFrame:
-        digest, base, gate = self._digest, self._base, self._gate
-        return _PagesFrame(epoch, numbers, data, sent, digest, base, gate, self._s_per_byte)
-
-    def _s_per_byte(self) -> float:
-        return self._link.s_per_byte
+        digest, base, gate, packer = self._digest, self._base, self._gate, self._packer
+        speed = self._link.speed
+        return _PagesFrame(epoch, numbers, data, sent, digest, base, gate, packer, speed)
 
     @property
     def delta_bytes(self) -> int:
         """Memory that copies of pages take. Any thread."""
         return self._base.backed_pages * PAGE_SIZE if self._base is not None else 0
 
+    @property
+    def codec(self) -> dict[str, Any] | None:
+        """For the status: the codec and what it makes of pages; None: there is none. Any thread."""
+        return self._packer.summary() if self._packer is not None else None
+
     def send_log(
         self, epoch: int, disk: int, part: memoryview, sent: Callable[[], None] | None
     ) -> None:
         """See the interface."""
-        self._link.send(_DiskFrame(Type.LOG, epoch, disk_value(disk), part, sent, self._digest))
+        self._send_disk(Type.LOG, epoch, disk_value(disk), part, sent)
 
     def send_block(
         self, disk: int, offset: int, data: memoryview, sent: Callable[[], None] | None
     ) -> None:
         """See the interface."""
-        value = disk_value(disk, offset)
-        self._link.send(_DiskFrame(Type.BLOCK, 1, value, data, sent, self._digest))
+        self._send_disk(Type.BLOCK, 1, disk_value(disk, offset), data, sent)
+
+    def _send_disk(
+        self,
+        kind: Type,
+        epoch: int,
+        value: int,
+        data: memoryview,
+        sent: Callable[[], None] | None,
+    ) -> None:
+        digest, packer = self._digest, self._packer
+        self._link.send(_DiskFrame(kind, epoch, value, data, sent, digest, packer))
 
     def send_commit(self, epoch: int, device_state: bytes) -> None:
         """See the interface."""
-        self._link.send(_CommitFrame(epoch, self._state, device_state, self._digest, self._sums))
+        self._link.send(
+            _CommitFrame(epoch, self._state, device_state, self._digest, self._due, self._link)
+        )
         self._state = device_state
 
     def received(self, epoch: int, receipt: int) -> None:
@@ -241,12 +322,13 @@ class Sender:
         :param receipt: what it found, of the checksum.
         :raises nova_pmt.exception.PeerError: it has something else, or cannot have it yet.
         """
-        due = self._sums.pop(epoch, None)
+        due = self._due.pop(epoch, None)
         if due is None:
             raise exception.PeerError(
                 f"standby committed checkpoint {epoch}, which it was not sent, or twice"
             )
-        if receipt != due:
+        if receipt != due.receipt:
             raise exception.PeerError(
                 f"standby committed checkpoint {epoch} with another checksum than it was sent"
             )
+        self._link.speed.answered(due.asked)

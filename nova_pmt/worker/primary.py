@@ -50,6 +50,7 @@ from nova_pmt.checkpoint.interfaces import PAGE_SIZE, OutputBuffer
 from nova_pmt.checkpoint.loop import Loop
 from nova_pmt.checkpoint.round import Checkpointer
 from nova_pmt.checkpoint.strategies.base import Strategy, StrategyOptions
+from nova_pmt.codecs.base import Codec
 from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest import layout as guest_layout
 from nova_pmt.guest import prelude, process, vmstate
@@ -58,7 +59,7 @@ from nova_pmt.guest.memory import TrackedMemory
 from nova_pmt.guest.monitor import DirectMonitor
 from nova_pmt.guest.tracker import MemoryTracker
 from nova_pmt.plugins import load_class
-from nova_pmt.replication import protocol, tls
+from nova_pmt.replication import packing, protocol, tls
 from nova_pmt.replication.link import Buffers, Link, RawFrame, read_frame
 from nova_pmt.replication.protocol import Header, Type
 from nova_pmt.replication.sender import Sender
@@ -119,6 +120,7 @@ class Primary(Side):
         self._may_activate = False
         self._outputs: Outputs | None = None
         self._images: object = None
+        self._codec: tuple[str, Codec] | None = None
         self._progress_at = 0.0
         self._last_commit = time.monotonic()
         self._rate_from = (time.monotonic(), 0)
@@ -260,6 +262,7 @@ class Primary(Side):
                 "peak_mib": cache.peak_slabs * mib,
                 "limit_mib": cache.limit_slabs * mib,
             },
+            codec=self._sender.codec if self._sender else None,
             delta_cache_mib=round(self._sender.delta_bytes / MIB, 1) if self._sender else 0.0,
             peer_timeout_ms=round(link.silence_limit_s * 1e3),
             last_commit_age_ms=round((now - self._last_commit) * 1e3, 1),
@@ -308,7 +311,8 @@ class Primary(Side):
         blocks = [block.to_dict() for block in layout.blocks]
         try:
             assert self._outputs is not None
-            sock.sendall(protocol.hello(asdict(self._pair), blocks, self._outputs.specs))
+            codecs = self._conf.replication.codecs
+            sock.sendall(protocol.hello(asdict(self._pair), blocks, self._outputs.specs, codecs))
         except OSError as error:
             raise tls.refused(error, self._pair.standby_host) from error
         header, payload = read_frame(sock)
@@ -318,6 +322,7 @@ class Primary(Side):
         if header.type is not Type.WELCOME or data.get("protocol") != protocol.VERSION:
             raise exception.ProtocolMismatch(f"standby answered HELLO with {header.type.name}")
         self._images = data.get("images")
+        self._codec = packing.agreed(codecs, data.get("codec"))
 
     def _protect(self, stack: contextlib.ExitStack) -> None:
         conf, spec = self._conf, self._spec
@@ -380,7 +385,10 @@ class Primary(Side):
         if strategy.output_wait_s is not None and strategy.disks_are_output:
             outputs.await_writes()
         self._sender = Sender(
-            self._link, memory.page_count, conf.replication.delta_cache_mib * MIB // PAGE_SIZE
+            self._link,
+            memory.page_count,
+            conf.replication.delta_cache_mib * MIB // PAGE_SIZE,
+            self._codec,
         )
         self._checkpointer = Checkpointer(
             memory,

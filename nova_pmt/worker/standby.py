@@ -41,10 +41,10 @@ from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest.disk.spec import DiskSpec
 from nova_pmt.guest.layout import Layout, TrackedBlock
 from nova_pmt.guest.vmstate import check_device_state
-from nova_pmt.replication import protocol, tls
+from nova_pmt.replication import packing, protocol, tls
 from nova_pmt.replication.link import Buffers, Link, RawFrame, read_frame
 from nova_pmt.replication.protocol import Header, Type
-from nova_pmt.replication.receiver import Disks, Receiver
+from nova_pmt.replication.receiver import PARTS, Disks, Receiver
 from nova_pmt.standby import activation, domainxml
 from nova_pmt.standby.disks import StandbyDisks
 from nova_pmt.standby.image import StandbyImage
@@ -108,7 +108,7 @@ class Standby(Side):
     def buffers(self, header: Header) -> Buffers:
         """Where a payload goes."""
         assert self._receiver is not None
-        if header.type in (Type.PAGES, Type.DELTA, Type.BLOCK, Type.LOG):
+        if header.type in PARTS:
             return self._receiver.buffers(header)
         return [memoryview(bytearray(header.length))]
 
@@ -116,12 +116,8 @@ class Standby(Side):
         """A frame from the primary is complete."""
         assert self._receiver is not None
         kind = header.type
-        if kind is Type.PAGES:
-            self._receiver.pages(header, payload)
-        elif kind is Type.DELTA:
-            self._receiver.delta(header, payload[0])
-        elif kind in (Type.BLOCK, Type.LOG):
-            self._receiver.disk(header, payload[0])
+        if kind in PARTS:
+            self._receiver.frame(header, payload)
         elif kind is Type.COMMIT:
             if not self._head:
                 raise exception.ProtocolMismatch("primary sent a commit before the prelude")
@@ -402,17 +398,22 @@ class Standby(Side):
             header, payload = read_frame(sock)
             if header.type is not Type.HELLO:
                 raise exception.ProtocolMismatch(f"first frame is {header.type.name}, not HELLO")
+            hello = protocol.unpack_json(payload)
             protocol.check_hello(
-                protocol.unpack_json(payload),
+                hello,
                 asdict(self._pair),
                 [block.to_dict() for block in self._layout.blocks],
                 self._spec.disks,
             )
-            sock.sendall(
-                protocol.pack_json(
-                    Type.WELCOME, {"protocol": protocol.VERSION, "images": self._kept_images()}
-                )
-            )
+            codec = packing.load(protocol.offered_codecs(hello))
+            assert self._receiver is not None
+            self._receiver.codec = codec[1] if codec is not None else None
+            answer = {
+                "protocol": protocol.VERSION,
+                "images": self._kept_images(),
+                "codec": codec[0] if codec is not None else None,
+            }
+            sock.sendall(protocol.pack_json(Type.WELCOME, answer))
         except exception.PeerError as error:
             with contextlib.suppress(OSError):
                 sock.sendall(protocol.pack_json(Type.ERROR, error.to_dict()))

@@ -39,7 +39,7 @@ STATS = {
         "pages": {"p50": 1000, "last": 900, "in_pause_p50": 20},
         "bytes_per_s": 80e6, "sent_bytes": 9e6, "commit_ms": {"p50": 4.0, "p99": 9.0},
         "cache": {"used_mib": 4.0, "backed_mib": 8.0, "peak_mib": 8.0, "limit_mib": 512},
-        "delta_cache_mib": 1.5,
+        "codec": {"name": "zstd", "level": -1, "left": 0.412}, "delta_cache_mib": 1.5,
         "last_commit_age_ms": 31.0, "guest_running": True, "output_commit": True,
         "output_delay_ms": {"p50": 7.25, "p99": 19.0, "max": 21.0, "mean": 8.0},
         "log_bytes_total": 5 << 20,

@@ -227,6 +227,7 @@ def test_status_for_people(rig: Rig, nova_pmt: Run) -> None:
         "pause ms p50/p99/max 1.50/2.50/3.0",
         "cache MiB used/backed/limit 4.0/8.0/512",
         "delta cache MiB 1.5",
+        "compression zstd -1: pages to 41%",
         "MB/s 80.0",
         "last commit 31 ms ago",
         "staging MiB 3.0",

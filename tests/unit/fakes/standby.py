@@ -26,7 +26,8 @@ from nova_pmt.guest.layout import Layout, TrackedBlock
 from nova_pmt.guest.vmstate import check_device_state
 from nova_pmt.replication.link import Buffers, FrameReader, Outgoing
 from nova_pmt.replication.protocol import HEADER, Header, Type
-from nova_pmt.replication.receiver import Receiver
+from nova_pmt.replication.receiver import PARTS, Receiver
+from nova_pmt.replication.speed import Speed
 from nova_pmt.standby.image import StandbyImage
 from tests.unit.fakes.disk import journal
 
@@ -91,18 +92,14 @@ class FakeStandby:
         self.images_at_acknowledge.append(self.image.writes)
 
     def buffers(self, header: Header) -> Buffers:
-        if header.type in (Type.PAGES, Type.DELTA, Type.BLOCK, Type.LOG):
+        if header.type in PARTS:
             return self.receiver.buffers(header)
         return [memoryview(bytearray(header.length))]
 
     def frame(self, header: Header, payload: Buffers) -> None:
         self.frames.append(header)
-        if header.type is Type.PAGES:
-            self.receiver.pages(header, payload)
-        elif header.type is Type.DELTA:
-            self.receiver.delta(header, payload[0])
-        elif header.type in (Type.BLOCK, Type.LOG):
-            self.receiver.disk(header, payload[0])
+        if header.type in PARTS:
+            self.receiver.frame(header, payload)
         elif header.type is Type.COMMIT:
             self.receiver.commit(header, payload[0])
 
@@ -132,7 +129,8 @@ class FakeLink:
         self._returns: list[Callable[[], None]] = []
         self.held = False
         self.broken = False
-        self.s_per_byte = 0.0
+        self.speed = Speed()
+        self.sent_bytes = 0
         self.flip: Callable[[Header, bytearray], None] | None = None
         self._flip_at = 0
 

@@ -27,9 +27,11 @@ from nova_pmt.checkpoint.cache import SlabCache
 from nova_pmt.checkpoint.interfaces import PAGE_SIZE
 from nova_pmt.checkpoint.round import Checkpointer
 from nova_pmt.checkpoint.statistics import RoundRecord
-from nova_pmt.replication import receiver
+from nova_pmt.codecs.base import Codec
+from nova_pmt.replication import packing, receiver
 from nova_pmt.replication.delta import Gate
 from nova_pmt.replication.sender import Sender
+from nova_pmt.replication.speed import Speed
 from tests.unit.fakes.disk import SECTOR, FakeDisk
 from tests.unit.fakes.guest import (
     FakeExecution,
@@ -121,6 +123,7 @@ class World:
         self.written = [disk for number, disk in enumerate(self.disks) if number not in readonly]
         self.guest.on_pause = self._on_pause
         self.sender = Sink(self.link, page_count, self.faults, self.rng)
+        self.standby.receiver.codec = self.sender.codec_used
         self.cache = SlabCache(cache_slabs * slab_cache.SLAB_BYTES)
         self.records: list[RoundRecord] = []
         self.checkpointer = PacedCheckpointer(
@@ -309,13 +312,37 @@ class FickleGate(Gate):
         return self._rng.random() < 0.7
 
 
+class _Moody(Codec):
+    """A codec some of whose levels compress nothing."""
+
+    levels = (0, 1, 2)
+
+    def __init__(self, codec: Codec | None, rng: random.Random) -> None:
+        assert codec is not None
+        self._codec, self._rng = codec, rng
+
+    def compress(self, data: memoryview, level: int) -> bytes:
+        packed = self._codec.compress(data, self._codec.levels[0])
+        return packed if self._rng.random() < 0.8 else packed + bytes(len(data))
+
+    def decompress(self, packed: memoryview, out: memoryview) -> None:
+        raise AssertionError("of the standby")
+
+
 class Sink(Sender):
     """The real sender, which also sees that nothing is sent twice that need not be."""
 
     def __init__(self, link: FakeLink, page_count: int, faults: Faults, rng: random.Random) -> None:
         # Deltas of none, of pages that push each other out, and of all.
         pages = rng.choice((0, 1, page_count // 3 + 1, page_count))
-        super().__init__(link, page_count, pages)  # type: ignore[arg-type]
+        codec = rng.choice((None, packing.load(["zstd"]), packing.load(["lz4"])))
+        super().__init__(link, page_count, pages, codec)  # type: ignore[arg-type]
+        self.codec_used = codec[1] if codec is not None else None
+        if self._packer is not None:
+            slow = Speed()
+            slow.s_per_byte = 1e-7
+            # A network on which it may pay; and levels that are as good as any other.
+            self._packer = packing.Packer("", _Moody(self.codec_used, rng), slow)
         if rng.random() < 0.5:
             self._gate = FickleGate(rng)
         self._faults = faults

@@ -187,12 +187,12 @@ def test_the_speed_of_sending_is_noted_where_there_is_much_to_send(ends: tuple[E
     primary, standby = ends
     primary.link.send(Payload(b"x" * 1000))
     turn_until(lambda: len(standby.frames) == 1, primary, standby)
-    assert primary.link.s_per_byte == 0.0  # that would be the speed of a round trip
+    assert primary.link.speed.s_per_byte == 0.0  # that would be the speed of a round trip
     start = time.perf_counter()
     primary.link.send(Payload(bytes(BIG)))
     primary.link.send(Payload(bytes(BIG)))
     turn_until(lambda: len(standby.frames) == 3, primary, standby)
-    assert 0 < primary.link.s_per_byte <= (time.perf_counter() - start) / BIG
+    assert 0 < primary.link.speed.s_per_byte <= (time.perf_counter() - start) / BIG
 
 
 def test_what_tls_has_decrypted_is_read_though_the_socket_is_empty(

@@ -35,12 +35,15 @@ from nova_pmt.replication.protocol import (
     HEADER,
     LIMITS,
     MAX_PAGES,
+    PACKED,
+    STATE_IS_DELTA,
     Digest,
     Header,
     Type,
 )
 
 PAGE_RECORD = 8 + 4096
+PACKABLE = (Type.PAGES, Type.DELTA, Type.BLOCK, Type.LOG)
 PAIR = {
     "uuid": "7b0e3b2e-0000-4000-8000-000000000001",
     "generation": 7,
@@ -66,7 +69,17 @@ def headers(draw: st.DrawFn, max_length: int = 1 << 32) -> Header:
         length = max(length, 1)
     elif kind is Type.DELTA:
         value = draw(st.integers(1, MAX_PAGES))
-    return Header(kind, length, draw(st.integers(0, 2**64 - 1)), value)
+    elif kind is Type.ZEROS:
+        value = draw(st.integers(1, min(MAX_PAGES, max(1, max_length // 8))))
+        length = value * 8
+    flags = 0
+    if kind in PACKABLE and draw(st.booleans()):
+        flags = PACKED
+        least = value * 8 + 1 if kind is Type.PAGES else 5
+        length = draw(st.integers(least, max(least, length - 1)))
+    elif kind is Type.COMMIT and draw(st.booleans()):
+        flags = STATE_IS_DELTA
+    return Header(kind, length, draw(st.integers(0, 2**64 - 1)), value, flags)
 
 
 # -- headers ----------------------------------------------------------------------------
@@ -99,7 +112,7 @@ def test_a_damaged_header_is_refused_or_means_another_frame(
         return
     assert other != header
     assert at >= 2, "a wrong magic is never accepted"
-    assert at != 3, "a flag that is not known is never accepted"
+    assert other.flags in (0, STATE_IS_DELTA if other.type is Type.COMMIT else PACKED)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +127,16 @@ def test_a_damaged_header_is_refused_or_means_another_frame(
         Header(Type.COMMITTED, 8, 1),
         Header(Type.HELLO, (1 << 16) + 1),
         Header(Type.BYE, 4, flags=1),
+        Header(Type.ZEROS, 0, 1, 0),
+        Header(Type.ZEROS, 8, 1, 2),
+        Header(Type.ZEROS, 8 * (MAX_PAGES + 1), 1, MAX_PAGES + 1),
+        Header(Type.ZEROS, 8, 1, 1, PACKED),
+        Header(Type.PAGES, 8, 1, 1, PACKED),
+        Header(Type.PAGES, PAGE_RECORD, 1, 1, PACKED),
+        Header(Type.PAGES, 100, 1, 1, STATE_IS_DELTA),
+        Header(Type.DELTA, 4, 1, 1, PACKED),
+        Header(Type.LOG, 4, 1, 0, PACKED),
+        Header(Type.COMMIT, 100, 1, 1, PACKED),
         Header(Type.BLOCK, 0, 1),
         Header(Type.BLOCK, DISK_BYTES + 1, 1),
         Header(Type.LOG, 0, 1),
@@ -124,6 +147,20 @@ def test_a_damaged_header_is_refused_or_means_another_frame(
 def test_a_frame_of_impossible_size_is_refused_by_its_header(header: Header) -> None:
     with pytest.raises(exception.ProtocolMismatch):
         Header.unpack(header.pack())
+
+
+@pytest.mark.parametrize(
+    ("offered", "found"),
+    [
+        (["zstd", "lz4"], ["zstd", "lz4"]),
+        (["../x", 3, "lz4", None, "a" * 9], ["lz4", "aaaaaaaaa"]),
+        ([f"c{n}" for n in range(99)], [f"c{n}" for n in range(16)]),
+        ("zstd", []),
+        (None, []),
+    ],
+)
+def test_what_is_no_name_of_a_codec_is_not_offered(offered: object, found: list[str]) -> None:
+    assert protocol.offered_codecs({"codecs": offered}) == found
 
 
 def test_unknown_types_and_other_protocols_are_told_apart() -> None:

@@ -1,0 +1,113 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""How hard to compress: what takes least time in all, compressing and sending together.
+
+The time that compressing took is the clock's and not the processor's, so a machine that has none
+left compresses less. That nothing is compressed is one of the choices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+#: What sending a byte costs at least, in seconds: TLS and the kernel take 2 ms for a megabyte.
+SENDING_S_PER_BYTE = 2e-9
+#: Smaller pieces say more of the call than of the level.
+COUNTED_BYTES = 16 << 10
+#: For how long other levels than the best are not tried, after a trial changed nothing.
+FIRST_REST_S, LONGEST_REST_S = 0.5, 60.0
+#: How much one measurement counts against those before it.
+_WEIGHT = 0.3
+
+
+class Choice:
+    """The level for one kind of data, from what levels took and made of it so far.
+
+    A level's neighbours are tried now and then, more seldom the longer nothing comes of it. Levels
+    that take longer to compress than the best one takes in all are not tried.
+
+    :param levels: fastest first.
+    :param clock: seconds.
+    """
+
+    def __init__(self, levels: Sequence[int], clock: Callable[[], float] = time.monotonic) -> None:
+        self._levels = tuple(levels)
+        self._clock = clock
+        # Of nothing, then of each level: seconds for a byte, and bytes left of one.
+        self._spent = [0.0] + [-1.0] * len(levels)
+        self._left = [1.0] * (len(levels) + 1)
+        self._best = 0
+        self._rest_s, self._due = FIRST_REST_S, 0.0
+        self._trials: list[int] = []
+
+    def level(self, s_per_byte: float) -> int | None:
+        """For what is sent next; None: do not compress it.
+
+        :param s_per_byte: what sending a byte takes.
+        """
+        price = max(s_per_byte, SENDING_S_PER_BYTE)
+        self._settle(price)
+        arm = self._trials[0] if self._trials else self._best
+        return self._levels[arm - 1] if arm else None
+
+    @property
+    def best(self) -> int | None:
+        """The level that is best so far; None: none. Any thread."""
+        arm = self._best
+        return self._levels[arm - 1] if arm else None
+
+    @property
+    def left(self) -> float:
+        """What the best one leaves of a byte. Any thread."""
+        return self._left[self._best]
+
+    def count(self, level: int, size: int, spent_s: float, packed: int) -> None:
+        """That level was used.
+
+        :param size: bytes before, ``packed`` after.
+        """
+        if size < COUNTED_BYTES:
+            return
+        arm = self._levels.index(level) + 1
+        spent, left = spent_s / size, packed / size
+        if self._spent[arm] < 0:
+            self._spent[arm], self._left[arm] = spent, left
+        else:
+            self._spent[arm] += (spent - self._spent[arm]) * _WEIGHT
+            self._left[arm] += (left - self._left[arm]) * _WEIGHT
+        if self._trials and self._trials[0] == arm:
+            del self._trials[0]
+
+    def _cost(self, arm: int, price: float) -> float:
+        if self._spent[arm] < 0:
+            return float("inf")
+        return self._spent[arm] + self._left[arm] * price
+
+    def _settle(self, price: float) -> None:
+        """Find the best one anew, and what is to be tried."""
+        if self._trials:
+            return
+        best = min(range(len(self._spent)), key=lambda arm: self._cost(arm, price))
+        changed, self._best = best != self._best, best
+        if changed:
+            self._rest_s = FIRST_REST_S
+        if not changed and self._clock() < self._due:
+            return
+        self._due = self._clock() + self._rest_s
+        self._rest_s = min(2 * self._rest_s, LONGEST_REST_S)
+        limit = self._cost(best, price)
+        for arm in (best - 1, best + 1):
+            # (A slower level takes at least the time of the one before it.)
+            if 0 < arm < len(self._spent) and self._spent[max(arm - 1, 0)] < limit:
+                self._trials.append(arm)
