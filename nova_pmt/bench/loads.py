@@ -89,7 +89,8 @@ def transactions(guest: LabGuest, seconds: float, number: int = 1) -> list[float
 class DiskWriter:
     """Has the guest write blocks; about as long as wanted, as fast as it goes.
 
-    :param order: ``seq`` or ``rand``.
+    :param order: ``seq`` or ``rand``, of what cannot be compressed; ``text``: one after the other,
+        lines of a log.
     :param disks: the guest's names of them; written to in turn.
     """
 

@@ -106,6 +106,13 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         run.add_argument(flag, type=at_least(least, kind), metavar="N", help=text)
     run.add_argument(
+        "--no-peers",
+        dest="peers",
+        action="store_false",
+        default=None,
+        help="do not measure what live migration, snapshots and the like stop the guest for",
+    )
+    run.add_argument(
         "--directory", type=Path, default=Path("build/eval"), help="for the results (build/eval)"
     )
     made = commands.add_parser(

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from nova_pmt.cmd import evaluate
-from nova_pmt.evaluation.study import matrix
+from nova_pmt.evaluation.study import matrix, peers
 from nova_pmt.evaluation.study.cell import UNPROTECTED
 from nova_pmt.evaluation.study.figures import Table
 from nova_pmt.evaluation.study.matrix import QUICK
@@ -35,7 +35,9 @@ def test_the_quick_evaluation_measures_all(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["failures"] == []
     rows = matrix.read(tmp_path / "rows.csv")
-    assert len(rows) == len(QUICK.places())
+    assert summary["complete"]
+    plain = [row for row in rows if row["strategy"] not in peers.NAMES]
+    assert len(plain) == len(QUICK.scenarios) * (1 + len(QUICK.strategies))
     table, link = Table(summary["figures"]), QUICK.links_mbit[0]
     for scenario in QUICK.scenarios:
         assert table.mean(scenario, UNPROTECTED, link, "pause_p50_ms") is None
@@ -45,6 +47,13 @@ def test_the_quick_evaluation_measures_all(tmp_path: Path) -> None:
                 share = table.mean(scenario, strategy, link, "throughput_ratio")
                 assert share is not None
                 assert share > 0
+        for peer in peers.NAMES:
+            pause = table.mean(scenario, peer, link, "pause_p50_ms")
+            assert pause is not None
+            assert pause > 0
+        # Copying everything takes longer than copying what a checkpoint has.
+        everything = table.mean(scenario, "stop-and-copy", link, "pause_p50_ms") or 0
+        assert everything > (table.mean(scenario, "memcpy", link, "pause_p50_ms") or 0)
     # Rounds are what a strategy decides: an interval, output, or neither.
     assert (table.mean("idle", "kemari", link, "rounds_per_s") or 0) < (
         table.mean("idle", "pmt", link, "rounds_per_s") or 0

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nova_pmt.evaluation.study.cell import UNPROTECTED
+from nova_pmt.evaluation.study.peers import NAMES
 
 Row = Mapping[str, Any]
 Key = tuple[str, str, int]
@@ -63,7 +64,7 @@ def with_ratios(rows: Iterable[Row]) -> list[dict[str, Any]]:
         more: dict[str, Any] = {}
         base = plain.get((row["scenario"], row["link_mbit"], row["repeat"]))
         if base is not None and row["strategy"] != UNPROTECTED:
-            if base["per_s"]:
+            if base["per_s"] and row.get("per_s"):
                 more["throughput_ratio"] = row["per_s"] / base["per_s"]
             if base.get("latency_p50_ms") and row.get("latency_p50_ms"):
                 more["latency_ratio"] = row["latency_p50_ms"] / base["latency_p50_ms"]
@@ -112,9 +113,9 @@ class Table:
             for one in entries
         }
         self.scenarios = list(dict.fromkeys(key[0] for key in self._entries))
-        self.strategies = [
-            name for name in dict.fromkeys(key[1] for key in self._entries) if name != UNPROTECTED
-        ]
+        names = dict.fromkeys(key[1] for key in self._entries)
+        self.strategies = [name for name in names if name not in (UNPROTECTED, *NAMES)]
+        self.peers = [name for name in NAMES if name in names]
         self.links = list(dict.fromkeys(key[2] for key in self._entries))
 
     def mean(self, scenario: str, strategy: str, link: int, figure: str) -> float | None:

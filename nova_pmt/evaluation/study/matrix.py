@@ -31,8 +31,9 @@ import libvirt
 from nova_pmt import exception
 from nova_pmt.bench.output import fill
 from nova_pmt.bench.report import Report
-from nova_pmt.evaluation.study import figures
+from nova_pmt.evaluation.study import figures, peers
 from nova_pmt.evaluation.study.cell import UNPROTECTED, Place, measure
+from nova_pmt.evaluation.study.peers import PEERS
 from nova_pmt.evaluation.study.scenarios import SCENARIOS, Scenario, named
 from nova_pmt.lab import Disk, GuestSpec, Lab, LabGuest, Workload, deployment
 
@@ -60,6 +61,8 @@ class Options:
     :param links_mbit: limits of the link between the hosts; 0: none.
     :param epoch_limit_ms: short enough that a measurement has some such epochs.
     :param seed: of the order of strategies.
+    :param peers: measure what others stop the same guest for; on the first link, since they use
+        none.
     """
 
     scenarios: Sequence[str] = tuple(scenario.name for scenario in SCENARIOS)
@@ -71,6 +74,7 @@ class Options:
     epoch_limit_ms: float = 1000.0
     seed: int = 1
     memory_mib: int = 256
+    peers: bool = True
 
     def places(self) -> list[Place]:
         """All combinations in the order in which they are measured: what is compared with each
@@ -82,6 +86,8 @@ class Options:
                 for scenario in named(self.scenarios):
                     strategies = [UNPROTECTED, *self.strategies]
                     draw.shuffle(strategies)
+                    if self.peers and link == self.links_mbit[0]:
+                        strategies.append(PEERS)  # when it is known what checkpoints have
                     found += [Place(scenario, name, link, repeat) for name in strategies]
         return found
 
@@ -108,6 +114,7 @@ class Study:
         self.rows: list[dict[str, Any]] = []
         #: Combinations that could not be measured, and why.
         self.failures: list[dict[str, Any]] = []
+        self._measured = 0
         self._anew = False  # the guest may be in any state
 
     def run(self) -> None:
@@ -124,23 +131,46 @@ class Study:
             for number, (place, guest) in enumerate(self._guests(lab, places)):
                 self._report.progress("measurements", number, len(places))
                 try:
-                    row = measure(
-                        place,
-                        guest,
-                        lab.computes[1],
-                        seconds=options.seconds,
-                        interval_ms=options.interval_ms,
-                        epoch_limit_ms=options.epoch_limit_ms,
-                    )
+                    rows = self._measure(place, guest, lab)
                 except (exception.PmtError, OSError, libvirt.libvirtError) as error:
                     why = getattr(error, "message", "") or str(error)
-                    self._report.note(f"not measured: {place.facts()}: {why}")
-                    self.failures.append({**place.facts(), "why": why})
+                    self._fail({**place.facts(), "why": why})
                     self._anew = True
                     continue
-                self.rows.append(row)
-                write(row)
+                self._measured += 1
+                self.rows += rows
+                for row in rows:
+                    write(row)
             self._report.progress("measurements", len(places), len(places))
+
+    def _measure(self, place: Place, guest: LabGuest, lab: Lab) -> list[dict[str, Any]]:
+        options = self._options
+        if place.strategy == PEERS:
+            rows, failures = peers.measure(place, guest, options.seconds, self._pages(place))
+            for failure in failures:
+                self._fail(failure)
+            return rows
+        row = measure(
+            place,
+            guest,
+            lab.computes[1],
+            seconds=options.seconds,
+            interval_ms=options.interval_ms,
+            epoch_limit_ms=options.epoch_limit_ms,
+        )
+        return [row]
+
+    def _pages(self, place: Place) -> int | None:
+        """Pages of a checkpoint of ``pmt`` in the same repeat."""
+        wanted = {**place.facts(), "strategy": "pmt"}
+        for row in self.rows:
+            if all(row[name] == value for name, value in wanted.items()):
+                return round(row["pages_per_round"] or 0)
+        return None
+
+    def _fail(self, failure: dict[str, Any]) -> None:
+        self._report.note(f"not measured: {failure}")
+        self.failures.append(failure)
 
     def _guests(self, lab: Lab, places: Sequence[Place]) -> Iterator[tuple[Place, LabGuest]]:
         """Each place with a guest that does what its scenario says, over its link."""
@@ -204,8 +234,9 @@ class Study:
                 "epoch_limit_ms": self._options.epoch_limit_ms,
                 "seed": self._options.seed,
                 "memory_mib": self._options.memory_mib,
+                "peers": self._options.peers,
             },
-            "complete": len(self.rows) == len(self._options.places()),
+            "complete": self._measured == len(self._options.places()),
             "failures": self.failures,
             "figures": figures.summarise(self.rows),
         }

@@ -69,6 +69,8 @@ def page(summary: Mapping[str, Any]) -> str:
     parts.append("## Pictures\n\n" + _pictures())
     for link in table.links:
         parts.append(f"## Link: {link_name(link)}\n\n" + _figures(table, link))
+    if table.peers:
+        parts.append("## Peers, and the limit\n\n" + _peers(table))
     parts.append("## Scenarios\n\n" + _scenarios(table.scenarios))
     return "\n".join(parts)
 
@@ -112,6 +114,28 @@ def _figures(table: Table, link: int) -> str:
             cells = [_cell(table.entry(scenario, strategy, link, name)) for name, _ in _COLUMNS]
             rows.append((scenario, strategy, *cells))
     return _table(("scenario", "strategy", *(head for _, head in _COLUMNS)), rows)
+
+
+_PEERS = """\
+What others stop the same guest for, once, under the same load in the same run (ms, and how many
+times PMT's pause that is). `memcpy` is the limit: the pages of one of PMT's checkpoints, copied in
+memory. `live-migration`: QEMU's switchover, without network and destination. `snapshot`: the stop
+part of libvirt's live snapshot of memory, to tmpfs. `stop-and-copy`: all memory, thrown away at the
+other end of a socket.
+"""
+
+
+def _peers(table: Table) -> str:
+    link, rows = table.links[0], []
+    for scenario in table.scenarios:
+        own = table.mean(scenario, "pmt", link, "pause_p50_ms")
+        cells = [_cell(table.entry(scenario, "pmt", link, "pause_p50_ms"))]
+        for name in table.peers:
+            entry = table.entry(scenario, name, link, "pause_p50_ms")
+            ratio = f" ({entry['mean'] / own:.3g} x)" if entry and own else ""
+            cells.append(_cell(entry) + ratio)
+        rows.append((scenario, *cells))
+    return _PEERS + "\n" + _table(("scenario", "pmt", *table.peers), rows)
 
 
 def _cell(entry: Mapping[str, Any]) -> str:

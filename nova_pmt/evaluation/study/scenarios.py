@@ -166,7 +166,12 @@ SCENARIOS = (
         "requests/s",
         _requests(*[partial(loads.transactions, number=n) for n in range(1, SESSIONS + 1)]),
     ),
-    Scenario("disk", "writes 1 MiB after the other to both disks", "MB/s", _writes("seq", 1024)),
+    Scenario(
+        "disk",
+        "writes 1 MiB after the other to both disks, of what cannot be compressed",
+        "MB/s",
+        _writes("seq", 1024),
+    ),
     Scenario(
         "build",
         "writes 4 KiB here and there to both disks; 400 whole pages are written every 20 ms",
@@ -176,9 +181,10 @@ SCENARIOS = (
     ),
     Scenario(
         "mixed",
-        "a web client and a database client, 1 MiB writes, and 200 pages every 20 ms",
+        "a web client and a database client, 1 MiB of log lines written after the other, and 200 "
+        "pages every 20 ms",
         "requests/s",
-        _beside(_requests(loads.echo, loads.transactions), _writes("seq", 1024)),
+        _beside(_requests(loads.echo, loads.transactions), _writes("text", 1024)),
         ("dirty 200 20",),
     ),
 )

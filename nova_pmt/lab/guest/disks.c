@@ -127,14 +127,33 @@ static uint64_t now_us(void)
     return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
 }
 
+/* What a compressor makes something of: lines of a log, each with numbers of its own. */
+static void fill_with_lines(char *data, size_t size)
+{
+    size_t at = 0;
+    for (uint64_t i = 0; at < size; i++) {
+        char line[128];
+        uint64_t x = mix(i);
+        int n = snprintf(line, sizeof line, "%10" PRIu64 ".%03u web%02u app[%u]: GET /item/%u 200 %u bytes %u us\n",
+                         1700000000 + i / 7, (unsigned)(x % 1000), (unsigned)(x >> 10) % 40,
+                         (unsigned)(x >> 16) % 9000 + 1000, (unsigned)(x >> 30) % 50000, (unsigned)(x >> 46) % 20000,
+                         (unsigned)(x >> 52) % 4000);
+        size_t part = (size_t)n < size - at ? (size_t)n : size - at;
+        memcpy(data + at, line, part);
+        at += part;
+    }
+}
+
 /* `count` blocks into the area for load; no two blocks ever written are alike. */
-static int write_blocks(struct disk *disk, size_t block, unsigned count, int at_random)
+static int write_blocks(struct disk *disk, size_t block, unsigned count, int at_random, int lines)
 {
     static volatile uint64_t written;
     uint64_t places = (disk->size - LOAD_AT) / block;
     uint64_t *data = io_buffer(block);
     int failed = !data;
-    for (size_t i = 0; data && i < block / 8; i++)
+    if (data && lines)
+        fill_with_lines((char *)data, block);
+    for (size_t i = 0; data && !lines && i < block / 8; i++)
         data[i] = mix(i);
     for (unsigned i = 0; i < count && !failed; i++) {
         uint64_t stamp = __atomic_add_fetch(&written, 1, __ATOMIC_RELAXED);
@@ -157,7 +176,7 @@ void disk_command(const char *line, char *out, size_t size)
     int flags = 0, failed = 0;
     if (sscanf(line, "write %4s %u %u %7s %c", order, &a, &b, name, &end) == 4) {
         strcpy(what, "write");
-        if ((strcmp(order, "seq") && strcmp(order, "rand")) || !a || a % 4 || a > MAX_BLOCK_KIB)
+        if ((strcmp(order, "seq") && strcmp(order, "rand") && strcmp(order, "text")) || !a || a % 4 || a > MAX_BLOCK_KIB)
             goto usage;
     } else if (sscanf(line, "fua %u %7s %c", &b, name, &end) == 2) {
         strcpy(what, "fua");
@@ -182,7 +201,7 @@ void disk_command(const char *line, char *out, size_t size)
     } else {
         uint64_t start = now_us(), kib = b;
         if (*what == 'w' || *what == 'f') {
-            failed = write_blocks(&disk, a * KIB, b, *what == 'f' || *order == 'r');
+            failed = write_blocks(&disk, a * KIB, b, *what == 'f' || *order == 'r', *order == 't');
             failed = failed || (*what == 'w' && fdatasync(disk.fd));
             kib = (uint64_t)a * b;
         } else {
@@ -197,6 +216,6 @@ void disk_command(const char *line, char *out, size_t size)
     close(disk.fd);
     return;
 usage:
-    snprintf(out, size, "error disk write seq|rand BLOCK_KIB COUNT DEV | disk discard OFFSET_KIB LENGTH_KIB DEV | "
+    snprintf(out, size, "error disk write seq|rand|text BLOCK_KIB COUNT DEV | disk discard OFFSET_KIB LENGTH_KIB DEV | "
                         "disk zero OFFSET_KIB LENGTH_KIB DEV | disk fua COUNT DEV");
 }

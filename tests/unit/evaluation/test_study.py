@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,16 @@ from hypothesis import strategies as st
 
 from nova_pmt import exception
 from nova_pmt.cmd import evaluate
-from nova_pmt.evaluation.study import cell, figures, matrix, page, plots, scenarios
+from nova_pmt.evaluation.study import (
+    cell,
+    figures,
+    matrix,
+    page,
+    peers,
+    peers_inside,
+    plots,
+    scenarios,
+)
 from nova_pmt.evaluation.study.figures import Table
 from nova_pmt.evaluation.study.findings import findings, link_name
 from nova_pmt.evaluation.study.matrix import Options, Study
@@ -154,7 +164,7 @@ def test_links_have_names() -> None:
 
 
 def test_what_is_compared_is_measured_one_after_the_other() -> None:
-    options = Options(scenarios=("web", "idle"), links_mbit=(100, 0), repeats=2)
+    options = Options(scenarios=("web", "idle"), links_mbit=(100, 0), repeats=2, peers=False)
     places = [tuple(place.facts().values()) for place in options.places()]
     assert {place[1] for place in places[:4]} == {"unprotected", "pmt", "kemari", "auto"}
     assert [(place[0], place[2], place[3]) for place in places[:5]] == [
@@ -163,6 +173,66 @@ def test_what_is_compared_is_measured_one_after_the_other() -> None:
     ]
     assert len({place[1] for place in places[::4]}) > 1, "one strategy is always the first"
     assert len(places) == len(set(places)) == 2 * 2 * 2 * 4
+
+
+def test_peers_are_measured_once_for_each_scenario_when_pmt_was() -> None:
+    options = Options(scenarios=("web", "idle"), links_mbit=(100, 0), repeats=2)
+    places = [tuple(place.facts().values()) for place in options.places()]
+    found = [number for number, place in enumerate(places) if place[1] == "peers"]
+    assert [places[number][0] for number in found] == ["idle", "web"] * 2
+    for number in found:
+        assert places[number][2] == 100
+        assert (places[number][0], "pmt", *places[number][2:]) in places[number - 4 : number]
+
+
+@pytest.mark.parametrize("pages", [None, 120])
+def test_a_peer_that_cannot_do_it_is_told_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch, pages: int | None
+) -> None:
+    asked = []
+
+    class Played:
+        def __init__(self, *_what: object) -> None: ...
+
+        def __enter__(self) -> Played:
+            return self
+
+        def __exit__(self, *_exc: object) -> None: ...
+
+        def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+            asked.append(request["peer"])
+            if request["peer"] == "snapshot":
+                return {"pauses_ms": [], "why": "no room"}
+            return {"pauses_ms": [3.0, 1.0, 2.0]}
+
+    monkeypatch.setattr(peers, "Child", Played)
+    scenario = scenarios.Scenario("web", "", "", lambda *_: scenarios.Work(1.0))
+    place = cell.Place(scenario, peers.PEERS, 1000, 1)
+    guest: Any = SimpleNamespace(host=None, uuid="")
+    rows, failures = peers.measure(place, guest, 0.1, pages)
+    assert asked == [name for name in peers.NAMES if pages or name != "memcpy"]
+    assert [one["strategy"] for one in rows] == [one for one in asked if one != "snapshot"]
+    assert {one["pause_p50_ms"] for one in rows} == {2.0}
+    (failure,) = failures
+    assert (failure["strategy"], failure["why"]) == ("snapshot", "no room")
+
+
+def test_copying_pages_takes_the_longer_the_more_there_are() -> None:
+    assert 0 < peers_inside.memcpy(10) < peers_inside.memcpy(20_000)
+
+
+def test_the_page_has_peers_beside_the_pause() -> None:
+    found = table(
+        row("web", "pmt", pause_p50_ms=4.0),
+        row("web", "unprotected"),
+        {**row("web", "memcpy", pause_p50_ms=1.0), "per_s": None},
+        {name: value for name, value in row("web", "snapshot", pause_p50_ms=200.0).items()
+         if name != "per_s"},
+    )  # fmt: skip
+    assert found.strategies == ["pmt"] and found.peers == ["memcpy", "snapshot"]
+    text = page._peers(found)
+    assert "| scenario | pmt | memcpy | snapshot |" in text
+    assert "| web | 4 | 1 (0.25 x) | 200 (50 x) |" in text
 
 
 def test_a_scenario_that_is_none_is_refused() -> None:
