@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nova_pmt.bench import slopes
 from nova_pmt.bench.gaps import CAUSES
 
 _INTRODUCTION = """\
@@ -37,6 +38,7 @@ pause
 plain
     the same without passes: everything dirty is copied in the pause
 """
+_PAUSE_PICTURE = "the pause over its floor, by dirty pages, for guests of several sizes"
 _OUTPUT_INTRODUCTION = """\
 ==========================
 Output commit: the figures
@@ -114,7 +116,29 @@ def _pause(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return _table("Pause against its floor", head, body)
+    return _table("Pause against its floor", head, body) + _slopes(rows)
+
+
+def _slopes(rows: list[dict[str, Any]]) -> str:
+    """How the pause grows; nothing where the rows do not tell."""
+    body = []
+    for series, name in slopes.SERIES:
+        found = slopes.fit(rows, series)
+        if found is None:
+            return ""
+        met = all(getattr(found, goal) < most for goal, most in slopes.GOALS.items())
+        body.append(
+            (
+                name,
+                f"{found.us_per_page:.3f}",
+                f"{found.ms_per_gib:.3f}",
+                f"{found.explained:.2f}",
+                "yes" if met else "no",
+            )
+        )
+    head = ("pause over its floor", "us a dirty page", "ms a GiB of memory", "explained")
+    goals = "under 1 us and 1 ms"
+    return "\n" + _table("Slopes, by least squares", (*head, goals), body)
 
 
 def _qmp(rows: list[dict[str, Any]]) -> str:
@@ -402,9 +426,10 @@ _SECTIONS = {
 _OF_OUTPUT = {"output", "capture", "idle"}
 
 
-def page(files: Sequence[Path]) -> str:
+def page(files: Sequence[Path], pictures: Path | None = None) -> str:
     """The page for these files, in their order; those of one benchmark share a section.
 
+    :param pictures: where the page will be, for its pictures; None: none are made.
     :raises ValueError: a file is not of a benchmark that the page knows.
     """
     parts, last, introduction = [], "", _INTRODUCTION
@@ -427,6 +452,9 @@ def page(files: Sequence[Path]) -> str:
             parts.append(f"{title}\n{'=' * len(title)}\n")
         last = benchmark
         parts.append(table(data["rows"]))
+        if benchmark == "pause" and pictures is not None:
+            slopes.draw(data["rows"], pictures / f"{path.stem}.svg")
+            parts.append(f".. image:: {path.stem}.svg\n   :alt: {_PAUSE_PICTURE}\n")
         load = ", ".join(str(value) for value in header["load_average"])
         parts.append(
             f"Command: ``{shlex.join(header['command'])}``, {header['date'][:10]}; "

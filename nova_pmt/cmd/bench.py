@@ -295,6 +295,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Prints a page of the documentation; those in doc/source/results are made so.",
     )
     page.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of a benchmark")
+    page.add_argument(
+        "--pictures", type=Path, metavar="DIRECTORY", help="where the page will be: with pictures"
+    )
     return parser
 
 
@@ -317,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     command = ["nova-pmt-bench", *(sys.argv[1:] if argv is None else argv)]
     try:
         if args.command == "page":
-            print(page.page(args.files))
+            print(page.page(args.files, args.pictures))
             return 0
         with Report(err) as progress:
             table, rows, qemu = _RUN[args.command](args, progress)
