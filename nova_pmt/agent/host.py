@@ -117,8 +117,8 @@ class Host(Protocol):
         """End the domain at once: it lost the pair. No error when it is gone already."""
 
     def tidy(self, uuid: str) -> None:
-        """Remove what a QEMU that was killed has left: sockets, logs. Nothing while the domain is
-        active. Idempotent.
+        """Remove what a QEMU that was killed has left: its second monitor's socket, logs of its
+        disks. Nothing while the domain is active. Idempotent.
         """
 
     def forget_images(self, uuid: str) -> None:

@@ -317,10 +317,14 @@ class LibvirtHost:
             if self._find(uuid).active:
                 return
         remove_logs(self._conf, uuid)
-        # A QEMU that is killed cannot remove the sockets that it listened on.
-        directory = guest_domain.qmp_directory(self._conf)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(domainxml.monitor_path(directory, uuid))
+        # A QEMU that is killed cannot remove the socket that it listened on.
+        path = domainxml.monitor_path(guest_domain.qmp_path(self._conf), uuid)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # the next QEMU replaces it
+            LOG.warning("%s: its monitor's socket is left: %s", uuid, error)
 
     def forget_images(self, uuid: str) -> None:
         """See the interface."""

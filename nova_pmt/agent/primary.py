@@ -213,7 +213,8 @@ class Primaries:
     def _after(self, entry: Entry, outcome: Outcome) -> bool:
         """Decide after a worker's end; whether the guest runs here, alone."""
         if outcome.state in ("unprotected", "ended", "cancelled"):
-            self._parts.tidy(entry.uuid)
+            if outcome.state != "unprotected":  # that one runs on
+                self._parts.tidy(entry.uuid)
             self._parts.pairs.drop(entry, outcome.state, outcome.reason, **outcome.details)
             return False
         if outcome.state == "primary_alone":

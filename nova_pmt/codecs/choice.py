@@ -27,15 +27,22 @@ SENDING_S_PER_BYTE = 2e-9
 COUNTED_BYTES = 16 << 10
 #: For how long other levels than the best are not tried, after a trial changed nothing.
 FIRST_REST_S, LONGEST_REST_S = 0.5, 60.0
-#: How much one measurement counts against those before it.
-_WEIGHT = 0.3
+#: How much one measurement of so many bytes counts against those before it.
+_WEIGHT, _WHOLE_BYTES = 0.3, 256 << 10
+#: So many tell of a level at first, the best of them: others may have been interrupted.
+_FIRST = 2
+#: What another level must gain to be taken.
+_GAIN = 0.98
+#: After so many pieces too small to tell of it, a trial is over.
+_PATIENCE = 64
+#: A level that took too long is taken for so much faster at each rest: others may have been at it.
+_FORGIVEN = 0.9
 
 
 class Choice:
     """The level for one kind of data, from what levels took and made of it so far.
 
-    A level's neighbours are tried now and then, more seldom the longer nothing comes of it. Levels
-    that take longer to compress than the best one takes in all are not tried.
+    The best level's neighbours are tried now and then, more seldom the longer nothing comes of it.
 
     :param levels: fastest first.
     :param clock: seconds.
@@ -47,7 +54,9 @@ class Choice:
         # Of nothing, then of each level: seconds for a byte, and bytes left of one.
         self._spent = [0.0] + [-1.0] * len(levels)
         self._left = [1.0] * (len(levels) + 1)
+        self._seen = [0] * (len(levels) + 1)
         self._best = 0
+        self._small = 0
         self._rest_s, self._due = FIRST_REST_S, 0.0
         self._trials: list[int] = []
 
@@ -77,17 +86,30 @@ class Choice:
 
         :param size: bytes before, ``packed`` after.
         """
-        if size < COUNTED_BYTES:
-            return
         arm = self._levels.index(level) + 1
+        tried = bool(self._trials) and self._trials[0] == arm
+        if size < COUNTED_BYTES:
+            self._small += 1
+            if tried and self._small >= _PATIENCE:
+                self._end_trial()
+            return
         spent, left = spent_s / size, packed / size
-        if self._spent[arm] < 0:
+        self._seen[arm] += 1
+        if self._seen[arm] == 1:
             self._spent[arm], self._left[arm] = spent, left
+        elif self._seen[arm] <= _FIRST:
+            self._spent[arm] = min(self._spent[arm], spent)
+            self._left[arm] += (left - self._left[arm]) / 2
         else:
-            self._spent[arm] += (spent - self._spent[arm]) * _WEIGHT
-            self._left[arm] += (left - self._left[arm]) * _WEIGHT
-        if self._trials and self._trials[0] == arm:
-            del self._trials[0]
+            weight = _WEIGHT * min(1.0, size / _WHOLE_BYTES)
+            self._spent[arm] += (spent - self._spent[arm]) * weight
+            self._left[arm] += (left - self._left[arm]) * weight
+        if tried and self._seen[arm] >= _FIRST:
+            self._end_trial()
+
+    def _end_trial(self) -> None:
+        del self._trials[0]
+        self._small = 0
 
     def _cost(self, arm: int, price: float) -> float:
         if self._spent[arm] < 0:
@@ -99,15 +121,18 @@ class Choice:
         if self._trials:
             return
         best = min(range(len(self._spent)), key=lambda arm: self._cost(arm, price))
-        changed, self._best = best != self._best, best
+        changed = self._cost(best, price) < _GAIN * self._cost(self._best, price)
         if changed:
-            self._rest_s = FIRST_REST_S
-        if not changed and self._clock() < self._due:
+            self._best, self._rest_s = best, FIRST_REST_S
+        elif self._clock() < self._due:
             return
         self._due = self._clock() + self._rest_s
         self._rest_s = min(2 * self._rest_s, LONGEST_REST_S)
-        limit = self._cost(best, price)
-        for arm in (best - 1, best + 1):
-            # (A slower level takes at least the time of the one before it.)
-            if 0 < arm < len(self._spent) and self._spent[max(arm - 1, 0)] < limit:
+        limit = self._cost(self._best, price)
+        for arm in (self._best - 1, self._best + 1):
+            if not 0 < arm < len(self._spent):
+                continue
+            if self._spent[arm] >= limit:  # compressing alone takes longer than the best in all
+                self._spent[arm] *= _FORGIVEN
+            else:
                 self._trials.append(arm)

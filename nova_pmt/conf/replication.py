@@ -70,7 +70,8 @@ left off for a while. 0: whole pages are sent.
         help="""
 What a primary may compress checkpoints with (plug-ins of ``nova_pmt.codecs``), best first: the
 first that its standby has as well is used, as hard as it pays on this network with the CPU that is
-left, which may be not at all. Empty: nothing is compressed.
+left, which may be not at all. Of pages that are zero only the numbers are sent. Empty: all is sent
+as it is, zeros too.
 """,
     ),
     cfg.IntOpt(

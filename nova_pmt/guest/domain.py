@@ -31,6 +31,7 @@ from nova_pmt.guest.monitor import DirectMonitor, LibvirtMonitor, Monitor
 #: A QMP monitor of a domain that belongs to us lies in this sub-directory of the runtime directory.
 QMP_DIRECTORY = "qmp"
 GUEST_DIRECTORY = "guests"
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _QMP_ARGUMENT = re.compile(r"""<qemu:arg value=["']unix:([^,"']+),""")
 _event_loop: list[threading.Thread] = []
 
@@ -85,16 +86,16 @@ class Domain:
 
         :raises nova_pmt.exception.UnknownDomain: there is none.
         """
-        for lookup in (connection.lookupByUUIDString, connection.lookupByName):
+        lookups = [connection.lookupByName]
+        if _UUID.fullmatch(name):
+            lookups.insert(0, connection.lookupByUUIDString)
+        for lookup in lookups:
             try:
                 return cls(connection, lookup(name))
             except libvirt.libvirtError as error:
-                # INVALID_ARG: a name is not a UUID
-                if error.get_error_code() not in (
-                    libvirt.VIR_ERR_NO_DOMAIN,
-                    libvirt.VIR_ERR_INVALID_ARG,
-                    libvirt.VIR_ERR_INTERNAL_ERROR,
-                ):
+                # No other code: a connection that broke is an INTERNAL_ERROR, and a guest that
+                # nobody could ask for must not be taken for one that is not there.
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                     raise exception.GuestError(
                         f"libvirt does not tell about domain '{name}': {error}",
                         code="LIBVIRT_UNREACHABLE",
@@ -234,12 +235,17 @@ def qemu_owner(conf: Any) -> tuple[int, int]:
     return user.pw_uid, user.pw_gid
 
 
+def qmp_path(conf: Any) -> str:
+    """The directory of second monitors, whether it is there or not."""
+    return os.path.join(conf.guest.runtime_directory, QMP_DIRECTORY)
+
+
 def qmp_directory(conf: Any) -> str:
     """The directory of second monitors, owned by QEMU's user; made when it is not there.
 
     :raises nova_pmt.exception.ConfigError: there is no such user.
     """
-    path = os.path.join(conf.guest.runtime_directory, QMP_DIRECTORY)
+    path = qmp_path(conf)
     owner = qemu_owner(conf)
     os.makedirs(conf.guest.runtime_directory, mode=0o711, exist_ok=True)
     os.makedirs(path, mode=0o700, exist_ok=True)

@@ -39,8 +39,9 @@ from nova_pmt.replication.speed import Speed
 
 #: One send: small enough that a pause finds the thread free soon.
 SEND_BYTES = 256 << 10
-#: Read or write at most so much before the other things of the I/O loop get their turn.
-TURN_BYTES = 4 << 20
+#: Read or write at most so much, and begin nothing after so long, before the other things of the
+#: I/O loop get their turn: a frame that is small on the wire may be much work on either end.
+TURN_BYTES, TURN_S = 4 << 20, 0.02
 #: Buffers of a frame, and what to call when they were sent.
 Buffers = list[memoryview]
 
@@ -95,12 +96,7 @@ class FrameReader:
 
 
 class Outgoing(Protocol):
-    """A frame that waits to be sent; made into bytes when its turn comes.
-
-    :ivar work: bytes that :meth:`begin` went through without sending them.
-    """
-
-    work: int
+    """A frame that waits to be sent; made into bytes when its turn comes."""
 
     def begin(self) -> Buffers:
         """The frame's bytes."""
@@ -111,8 +107,6 @@ class Outgoing(Protocol):
 
 class RawFrame:
     """A frame whose bytes are there already."""
-
-    work = 0
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -171,11 +165,11 @@ class Link:
         weakref.finalize(self, os.close, self._wake)
         self._selector: selectors.BaseSelector | None = None
         self._interest = 0
-        self._worked = 0
+        self._held_at = 0.0
         self.sent_bytes = 0
         self.received_bytes = 0
         #: The I/O thread's.
-        self.speed = Speed()
+        self.speed = Speed(clock)
         self._closed = False
         # So that nobody writes to a descriptor that was closed, or registers one.
         self._poking = threading.Lock()
@@ -192,10 +186,13 @@ class Link:
 
     def hold(self) -> None:
         """Begin no further send: a pause begins. Only heartbeats go out if it takes that long."""
+        self._held_at = self._clock()
         self._held = True
 
     def go_on(self) -> None:
         """The pause is over."""
+        if self._held:
+            self.speed.held_s += self._clock() - self._held_at
         self._held = False
         self._poke()
 
@@ -277,11 +274,12 @@ class Link:
             )
 
     def _read(self) -> None:
-        self._turn(self._clock())
-        left = TURN_BYTES
+        now = self._clock()
+        self._turn(now)
+        left, end = TURN_BYTES, now + TURN_S
         try:
             # A fast peer must not keep us from heartbeats; what TLS has decrypted must be read.
-            while not self._closed and (left > 0 or self._pending()):
+            while not self._closed and ((left > 0 and self.last_received < end) or self._pending()):
                 count = self._sock.recv_into(self._reader.space())
                 if not count:
                     raise exception.PeerLost(f"{self.peer} closed the connection")
@@ -299,18 +297,15 @@ class Link:
         return self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
 
     def _write(self, *, breath: bool = False) -> None:
-        left = SEND_BYTES if breath else TURN_BYTES
+        left, end = SEND_BYTES if breath else TURN_BYTES, self._clock() + TURN_S
         try:
             while (breath or not self._held) and self._next_part():
-                if left <= 0:  # the socket takes all we have: let others have their turn
+                if left <= 0 or self._clock() > end:
+                    # The socket takes all we have: let others have their turn.
                     self._want(selectors.EVENT_READ | selectors.EVENT_WRITE)
                     return
-                if self._worked:
-                    # A frame that shrank took its time as well: a turn is not only what it sends.
-                    left -= self._worked
-                    self._worked = 0
-                    if self._held and not breath:
-                        continue
+                if self._held and not breath:
+                    continue  # to make the frame took its time
                 part = self._parts[0]
                 count = self._sock.send(part[:SEND_BYTES])
                 self.sent_bytes += count
@@ -340,8 +335,9 @@ class Link:
             return False
         self.speed.busy(self.sent_bytes)
         self._current = self._queue.popleft()
+        start = self._clock()
         self._parts.extend(self._current.begin())
-        self._worked = self._current.work
+        self.speed.worked(self._clock() - start)
         return True
 
     def _want(self, interest: int) -> None:

@@ -18,9 +18,10 @@ interpreter's lock, so a pause that begins meanwhile does not wait for them.
 
 from __future__ import annotations
 
+import importlib.metadata
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,27 +52,36 @@ _SAMPLE_WORDS = 64
 ZEROS = memoryview(bytes(MAX_PAGES * PAGE_SIZE))
 
 
-def load(names: Iterable[str]) -> tuple[str, Codec] | None:
-    """The first of these codecs that there is here; None: none of them."""
+def available(names: Iterable[str]) -> dict[str, Codec]:
+    """Those of these codecs that there are here, in their order."""
+    found = {}
     for name in names:
         try:
-            return name, load_class(NAMESPACE, name, Codec)()  # type: ignore[type-abstract]
-        except exception.ConfigError as error:
-            LOG.debug("codec %s: %s", name, error)
+            found[name] = load_class(NAMESPACE, name, Codec)()  # type: ignore[type-abstract]
+        except Exception as error:  # noqa: BLE001 - whatever a plug-in's constructor raises
+            LOG.warning("codec %s is not used: %s", name, error)
+    return found
+
+
+def first_of(offered: Iterable[str]) -> tuple[str, Codec] | None:
+    """The first that a primary offers and that there is here; None: there is none."""
+    installed = importlib.metadata.entry_points(group=NAMESPACE).names
+    for name in offered:
+        if name in installed and (found := available([name])):
+            return name, found[name]
     return None
 
 
-def agreed(offered: Sequence[str], answer: object) -> tuple[str, Codec] | None:
+def agreed(offered: Mapping[str, Codec], answer: object) -> tuple[str, Codec] | None:
     """The codec that the standby answered with; None: it knows of none.
 
-    :raises nova_pmt.exception.ProtocolMismatch: it was not offered, or is not here.
+    :raises nova_pmt.exception.ProtocolMismatch: it was not offered.
     """
     if answer is None:
         return None
-    found = load([answer]) if isinstance(answer, str) and answer in offered else None
-    if found is None:
+    if not isinstance(answer, str) or answer not in offered:
         raise exception.ProtocolMismatch("the standby chose a codec that it was not offered")
-    return found
+    return answer, offered[answer]
 
 
 def zero_pages(data: Pages) -> npt.NDArray[np.bool_]:
@@ -103,6 +113,8 @@ class Packer:
             kind: Choice(codec.levels, clock)
             for kind in (Type.PAGES, Type.DELTA, Type.LOG, Type.BLOCK)
         }
+        for level in codec.levels:  # what it needs memory for is found here, and not in a pause
+            codec.compress(ZEROS, level)
 
     def pack(self, kind: Type, data: memoryview) -> bytes | None:
         """Compressed; None: send it as it is."""
@@ -114,9 +126,7 @@ class Packer:
             return None
         start = self._clock()
         packed = self._codec.compress(data, level)
-        spent = self._clock() - start
-        self._speed.worked(spent)
-        choice.count(level, len(data), spent, len(packed))
+        choice.count(level, len(data), self._clock() - start, len(packed))
         return packed if len(packed) <= WORTH * len(data) else None
 
     def summary(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""Frames of the replication protocol, version 2.
+"""Frames of the replication protocol, version 3.
 
 Each frame is a header of 24 bytes, big endian, and a payload::
 
@@ -61,6 +61,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ MAX_DISKS = 128
 _DISK_SHIFT = 56
 #: More than so many that a primary offers are not looked at.
 _MAX_CODECS = 16
+_CODEC = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class Type(enum.IntEnum):
@@ -195,7 +197,7 @@ class Header:
         numbers, whole = count * NUMBER_BYTES, count * (NUMBER_BYTES + PAGE_SIZE)
         right = {
             Type.PAGES: numbers < length < whole if packed else length == whole,
-            Type.DELTA: length >= (_LEAST_PACKED if packed else 0),
+            Type.DELTA: length >= (_LEAST_PACKED if packed else numbers),
             Type.ZEROS: length == numbers,
         }[kind]
         if not (0 < count <= MAX_PAGES and right):
@@ -281,7 +283,7 @@ def offered_codecs(hello: dict[str, Any]) -> list[str]:
     offered = hello.get("codecs")
     if not isinstance(offered, list):
         return []
-    return [one for one in offered[:_MAX_CODECS] if isinstance(one, str) and one.isidentifier()]
+    return [one for one in offered[:_MAX_CODECS] if isinstance(one, str) and _CODEC.fullmatch(one)]
 
 
 def receipt_of(digest: bytes) -> int:

@@ -242,7 +242,11 @@ class Receiver:
         just the others.
         """
         slab, used = self._staged[-1] if self._staged else (-1, SLAB_PAGES)
-        if used + len(numbers) <= SLAB_PAGES:
+        if (
+            used + len(numbers) <= SLAB_PAGES
+            # A slab is written at once: of a page that was sent before the newest copy must win.
+            and not np.isin(numbers, self._numbers[slab, :used]).any()
+        ):
             self._staged.pop()
         else:
             slab, used = self._staging_slab(), 0

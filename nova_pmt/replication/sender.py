@@ -68,7 +68,6 @@ class _PagesFrame:
         packer: Packer | None,
         speed: Speed,
     ) -> None:
-        self.work = 0
         self._epoch, self._numbers, self._data = epoch, numbers, data
         self._sent, self._digest, self._base, self._gate = sent, digest, base, gate
         self._packer, self._speed = packer, speed
@@ -86,7 +85,6 @@ class _PagesFrame:
         parts: Buffers = []
         known = base.known(numbers) if few or self._gate.tries else np.zeros(len(numbers), np.bool_)
         if known.any():
-            self.work = data.nbytes
             parts = self._with_changes(base, known, few)
         else:
             parts = self._whole(numbers, data)
@@ -102,7 +100,6 @@ class _PagesFrame:
         worth, changes = base.encode(numbers, data)
         count = int(np.count_nonzero(worth))
         spent = time.perf_counter() - start
-        self._speed.worked(spent)
         if not few:
             saved = count * PAGE_BYTES_SENT - len(changes)
             self._gate.count(len(numbers), spent, saved, self._speed.s_per_byte)
@@ -140,7 +137,6 @@ class _PagesFrame:
         packed = self._packer.pack(Type.PAGES, contents) if self._packer is not None else None
         flags = 0
         if packed is not None:
-            self.work += len(contents)
             contents, flags = memoryview(packed), PACKED
         length = len(places) + len(contents)
         header = Header(Type.PAGES, length, self._epoch, len(numbers), flags)
@@ -178,17 +174,12 @@ class _DiskFrame:
         digest: Digest,
         packer: Packer | None,
     ) -> None:
-        self.work = 0
         self._kind, self._epoch, self._value = kind, epoch, value
         self._data, self._sent, self._digest, self._packer = data, sent, digest, packer
 
     def begin(self) -> Buffers:
-        data = self._data
-        self._digest.add_disk(self._value, data)
-        parts = _packed(self._packer, self._kind, self._epoch, self._value, data)
-        if len(parts[1]) < len(data):
-            self.work = len(data)
-        return parts
+        self._digest.add_disk(self._value, self._data)
+        return _packed(self._packer, self._kind, self._epoch, self._value, self._data)
 
     def sent(self) -> None:
         if self._sent is not None:
@@ -204,8 +195,6 @@ class _Due:
 
 
 class _CommitFrame:
-    work = 0
-
     def __init__(
         self,
         epoch: int,

@@ -13,8 +13,9 @@
 """What sending a byte takes on this link, for whoever could send fewer of them.
 
 From two measurements. Where there is much to send: how long it took to hand it to the kernel, whose
-buffers are small against it. Otherwise: how long it took until the peer said that it has it. Time
-in which there was nothing to send, or in which our thread made bytes fewer, does not count.
+buffers are small against it. Otherwise: how long it took until the peer said that it has it, less
+what that takes when there is next to nothing to send. Time in which there was nothing to send, in
+which nothing was allowed to be sent, or in which our thread made frames, does not count.
 """
 
 from __future__ import annotations
@@ -26,60 +27,77 @@ from dataclasses import dataclass
 #: With so many bytes at a stretch, the kernel's buffers do not count any more.
 STRETCH_BYTES = 4 << 20
 #: The answer to fewer bytes says more of the round trip than of the link.
-ANSWERED_BYTES = 256 << 10
+ANSWERED_BYTES = 64 << 10
+#: The answer to so few says what the round trip is.
+TRIP_BYTES = 16 << 10
+#: Of less than this share of a stretch nothing is concluded: the rest was not the link's.
+LEAST_SHARE = 0.2
 #: How much one measurement counts against those before it.
 _WEIGHT = 0.2
+#: What a measurement is worth after another checkpoint that was too small to measure: whoever sends
+#: little because of an old measurement must not keep it for good.
+_FADES = 0.998
+#: As fast the least round trip is forgotten.
+_GROWS = 1.01
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in what is sent: clock, bytes sent, and seconds worked until then."""
+    """A place in what is sent.
+
+    :param other_s: seconds until then that were not the link's.
+    """
 
     at: float
     sent: int
-    worked: float
+    other_s: float
 
 
 class Speed:
-    """See the module's text. Used by one thread.
+    """See the module's text. Used by one thread, but for :attr:`held_s`.
 
     :param clock: seconds.
     :ivar s_per_byte: seconds; 0: not known yet.
+    :ivar held_s: for how long nothing was allowed to be sent, in all. Whoever holds the link counts
+        it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self.s_per_byte = 0.0
+        self.held_s = 0.0
         self._worked_s = 0.0
-        self._busy: Mark | None = None
+        self._trip_s = 0.0
+        self._began: Mark | None = None
+        self._stretch: Mark | None = None
         self._answered = Mark(0.0, 0, 0.0)
 
     def worked(self, seconds: float) -> None:
-        """So long our thread made fewer bytes of something, and did not send."""
+        """So long our thread made a frame, and did not send."""
         self._worked_s += seconds
 
     def _mark(self, sent: int) -> Mark:
-        return Mark(self._clock(), sent, self._worked_s)
+        return Mark(self._clock(), sent, self._worked_s + self.held_s)
 
     def busy(self, sent: int) -> None:
         """There is something to send.
 
         :param sent: bytes sent so far.
         """
-        if self._busy is None:
-            self._busy = self._mark(sent)
-        elif sent - self._busy.sent >= STRETCH_BYTES:
+        if self._stretch is None:
+            self._began = self._stretch = self._mark(sent)
+        elif sent - self._stretch.sent >= STRETCH_BYTES:
             now = self._mark(sent)
-            self._note(self._busy, now)
-            self._busy = now
+            self._note(self._stretch, now, 0.0)
+            self._stretch = now
 
     def idle(self) -> None:
         """There is nothing to send any more."""
-        self._busy = None
+        self._began = self._stretch = None
 
     def asked(self, sent: int) -> tuple[Mark, int]:
         """Something is sent now that the peer will answer; for :meth:`answered`."""
-        return self._busy or self._mark(sent), sent
+        return self._began or self._mark(sent), sent
 
     def answered(self, asked: tuple[Mark, int]) -> None:
         """The peer has all that was sent until it was asked."""
@@ -89,11 +107,17 @@ class Speed:
         since = begun if begun.at >= before.at else before
         self._answered = now
         if sent - since.sent >= ANSWERED_BYTES:
-            self._note(since, now)
+            self._note(since, now, self._trip_s)
+            return
+        self.s_per_byte *= _FADES
+        if sent - since.sent <= TRIP_BYTES:
+            trip = max(0.0, now.at - since.at - (now.other_s - since.other_s))
+            self._trip_s = min(trip, self._trip_s * _GROWS) if self._trip_s else trip
 
-    def _note(self, since: Mark, now: Mark) -> None:
+    def _note(self, since: Mark, now: Mark, trip_s: float) -> None:
         elapsed = now.at - since.at
-        # (Work that ended before the bytes of others had arrived took none of their time.)
-        spent = max(elapsed - (now.worked - since.worked), elapsed / 4)
-        found = spent / (now.sent - since.sent)
+        links = elapsed - (now.other_s - since.other_s) - trip_s
+        if links < LEAST_SHARE * elapsed:
+            return
+        found = links / (now.sent - since.sent)
         self.s_per_byte += (found - self.s_per_byte) * (_WEIGHT if self.s_per_byte else 1.0)

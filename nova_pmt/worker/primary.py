@@ -311,8 +311,9 @@ class Primary(Side):
         blocks = [block.to_dict() for block in layout.blocks]
         try:
             assert self._outputs is not None
-            codecs = self._conf.replication.codecs
-            sock.sendall(protocol.hello(asdict(self._pair), blocks, self._outputs.specs, codecs))
+            codecs = packing.available(self._conf.replication.codecs)
+            names = list(codecs)
+            sock.sendall(protocol.hello(asdict(self._pair), blocks, self._outputs.specs, names))
         except OSError as error:
             raise tls.refused(error, self._pair.standby_host) from error
         header, payload = read_frame(sock)

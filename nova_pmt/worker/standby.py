@@ -405,7 +405,7 @@ class Standby(Side):
                 [block.to_dict() for block in self._layout.blocks],
                 self._spec.disks,
             )
-            codec = packing.load(protocol.offered_codecs(hello))
+            codec = packing.first_of(protocol.offered_codecs(hello))
             assert self._receiver is not None
             self._receiver.codec = codec[1] if codec is not None else None
             answer = {

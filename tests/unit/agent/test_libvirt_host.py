@@ -163,7 +163,7 @@ def killed(
 ) -> tuple[pathlib.Path, pathlib.Path]:
     """What a QEMU that was killed leaves: its monitor's socket, and the log of a disk."""
     host._conf = SimpleNamespace(disk=SimpleNamespace(log_directory=str(tmp_path / "logs")))
-    monkeypatch.setattr(libvirt_host.guest_domain, "qmp_directory", lambda conf: str(tmp_path))
+    monkeypatch.setattr(libvirt_host.guest_domain, "qmp_path", lambda conf: str(tmp_path))
     monitor = tmp_path / f"{UUID}.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(monitor))
@@ -207,3 +207,16 @@ def test_an_active_domain_keeps_its_monitor_and_its_logs(
     host.tidy(UUID)
     host.cleanup_standby(UUID, 6)  # of a newer generation
     assert all(path.exists() for path in killed)
+
+
+def test_a_directory_that_cannot_be_written_keeps_no_standby_from_being_cleaned_up(
+    host: PlayedHost,
+    killed: tuple[pathlib.Path, pathlib.Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(path: str, **_options: Any) -> None:
+        raise OSError("read-only file system")
+
+    host.handle.active = False
+    monkeypatch.setattr(libvirt_host.os, "unlink", failing)
+    host.cleanup_standby(UUID, 7)

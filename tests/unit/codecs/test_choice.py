@@ -114,15 +114,38 @@ def test_other_contents_are_noticed() -> None:
     assert made.best is None
 
 
-def test_small_pieces_tell_nothing() -> None:
+def test_small_pieces_tell_nothing_and_are_not_tried_upon_for_ever() -> None:
     machine = Machine()
     made = choice(machine)
-    for _ in range(50):
+    for _ in range(500):
         machine.send(made, SLOW, COUNTED_BYTES - 1)
     assert made.best is None and made.left == 1.0
-    machine.send(made, SLOW, COUNTED_BYTES)
-    machine.send(made, SLOW, COUNTED_BYTES)
+    assert machine.used.count(None) > 100
+    machine.now += 60.0
+    for _ in range(3):
+        machine.send(made, SLOW, COUNTED_BYTES)
     assert made.best == -5 and made.left == pytest.approx(0.6, rel=1e-3)
+
+
+def test_one_interruption_turns_no_level_down() -> None:
+    machine = Machine()
+    made = choice(machine)
+    level = made.level(USUAL)
+    assert level == -5
+    made.count(level, MIB, 0.05, int(0.6 * MIB))  # 50 ms where one is usual
+    machine.run(made, USUAL, 50)
+    assert made.best == machine.best(USUAL)
+
+
+def test_levels_that_are_about_as_good_do_not_take_turns() -> None:
+    machine = Machine(spent=[1e-9, 2e-9, 1e-7, 1e-7, 1e-7], left=[0.5, 0.374, 0.37, 0.37, 0.37])
+    made = choice(machine)
+    machine.run(made, USUAL, 100)
+    first = made.best
+    for number in range(1000):
+        machine.spent[0] = 1e-9 * (0.95 + 0.1 * (number % 2))
+        machine.send(made, USUAL)
+        assert made.best == first
 
 
 costs = st.lists(st.floats(1e-10, 1e-7), min_size=5, max_size=5).map(sorted)

@@ -74,10 +74,7 @@ def turn_until(condition: Callable[[], bool], *ends: End, timeout_s: float = 20.
 class Payload:
     """A frame whose bytes are the test's; remembers when they were sent."""
 
-    def __init__(
-        self, data: bytes, order: list[Any] | None = None, name: Any = None, work: int = 0
-    ) -> None:
-        self.work = work
+    def __init__(self, data: bytes, order: list[Any] | None = None, name: Any = None) -> None:
         self.header = Header(Type.PRELUDE, len(data))
         self._data = data
         self._order = [] if order is None else order

@@ -335,7 +335,7 @@ class Sink(Sender):
     def __init__(self, link: FakeLink, page_count: int, faults: Faults, rng: random.Random) -> None:
         # Deltas of none, of pages that push each other out, and of all.
         pages = rng.choice((0, 1, page_count // 3 + 1, page_count))
-        codec = rng.choice((None, packing.load(["zstd"]), packing.load(["lz4"])))
+        codec = rng.choice((None, packing.first_of(["zstd"]), packing.first_of(["lz4"])))
         super().__init__(link, page_count, pages, codec)  # type: ignore[arg-type]
         self.codec_used = codec[1] if codec is not None else None
         if self._packer is not None:

@@ -28,7 +28,7 @@ import pytest
 
 from nova_pmt import exception
 from nova_pmt.replication import tls
-from nova_pmt.replication.link import SEND_BYTES, TURN_BYTES, Link, RawFrame
+from nova_pmt.replication.link import SEND_BYTES, TURN_BYTES, TURN_S, Link, RawFrame
 from nova_pmt.replication.protocol import Header, Type, pack_json
 from tests.unit.fakes.sockets import End, Payload, both, secure_pair, tcp_pair, turn_until
 
@@ -172,15 +172,69 @@ def test_a_stream_without_end_leaves_others_their_turn(ends: tuple[End, End]) ->
     assert primary.link.sent_bytes - before <= 2 * (TURN_BYTES + SEND_BYTES)
 
 
-def test_work_counts_for_a_turn_as_what_is_sent_does(ends: tuple[End, End]) -> None:
+class Slow(Payload):
+    """A frame that takes 5 ms to make."""
+
+    clock: Clock
+
+    def begin(self) -> list[memoryview]:
+        self.clock.now += 0.005
+        return super().begin()
+
+
+def test_a_turn_ends_in_time_though_little_was_sent(plain: tuple[End, End, Clock]) -> None:
     """Frames that shrank to nearly nothing took their time: others must have their turn."""
-    primary, standby = ends
+    primary, standby, Slow.clock = plain
+    most = int(TURN_S / 0.005) + 1
     for _ in range(64):
-        primary.link.send(Payload(b"x" * 100, work=1 << 20))
-    primary.turn(0.1)
-    least = TURN_BYTES // (1 << 20)
-    assert (least - 1) * 100 <= primary.link.sent_bytes <= 2 * (least + 2) * (100 + 24)
-    turn_until(lambda: len(standby.frames) == 64, primary, standby)
+        primary.link.send(Slow(b"x" * 100))
+    turns = 0
+    while len(standby.frames) < 64:
+        before = primary.link.sent_bytes
+        for key, mask in primary.selector.select(0):
+            key.data(mask)
+            assert primary.link.sent_bytes - before <= most * (100 + 24)
+            before = primary.link.sent_bytes
+            primary.link.tick()
+        turns += 1
+        standby.turn()
+    assert turns >= 64 / most / 2
+
+
+def test_a_turn_ends_in_time_though_little_came(
+    plain: tuple[End, End, Clock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary, standby, clock = plain
+    take = standby.frame
+
+    def slow(header: Header, payload: list[memoryview]) -> None:
+        clock.now += 0.005
+        take(header, payload)
+
+    monkeypatch.setattr(standby, "frame", slow)
+    for _ in range(64):
+        primary.link.send(RawFrame(pack_json(Type.BYE, {})))
+    primary.link.flush()
+    while len(standby.frames) < 64:
+        before = len(standby.frames)
+        standby.turn()
+        assert len(standby.frames) - before <= int(TURN_S / 0.005) + 1
+        standby.link.tick()  # it is not taken for one that stood still
+
+
+def test_the_speed_of_the_link_is_without_pauses_and_without_the_making_of_frames(
+    plain: tuple[End, End, Clock],
+) -> None:
+    primary, standby, clock = plain
+    Slow.clock = clock
+    primary.link.send(Slow(bytes(BIG)))
+    primary.link.hold()
+    clock.now += 10.0
+    primary.link.go_on()
+    primary.link.send(Slow(bytes(BIG)))
+    turn_until(lambda: len(standby.frames) == 2, primary, standby)
+    assert primary.link.speed.held_s == pytest.approx(10.0)
+    assert primary.link.speed.s_per_byte * BIG < 0.001
 
 
 def test_the_speed_of_sending_is_noted_where_there_is_much_to_send(ends: tuple[End, End]) -> None:

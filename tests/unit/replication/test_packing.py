@@ -43,7 +43,7 @@ class Pair:
         self.standby = FakeStandby(two_blocks(PAGES, SIDE), 16 << 20, [64 * SECTOR])
         self.link = FakeLink(self.standby.feed)
         self.link.speed.s_per_byte = s_per_byte
-        codec = packing.load([name])
+        codec = packing.first_of([name])
         assert codec is not None
         self.standby.receiver.codec = codec[1]
         self.sender = Sender(self.link, PAGES, delta_pages, codec)  # type: ignore[arg-type]
@@ -122,6 +122,21 @@ def test_a_page_that_becomes_zero_is_zero() -> None:
     for found in ("t", "z", "n", "z", "a"):
         pair.checkpoint(np.arange(30), pages_of(found * 30, pair.epoch))
         assert pair.standby.image.contents()[:30].any() == (found != "z")
+
+
+def test_a_page_that_is_sent_twice_in_one_slab_ends_as_it_was_sent_last() -> None:
+    """Ahead of the pause as it was, then, in the pause, zero; and the other way round."""
+    for first, second in ("tz", "zt", "za"):
+        pair = Pair()
+        pair.checkpoint(np.arange(3), pages_of("nnn"))
+        pair.epoch += 1
+        for kind in (first, second):
+            pages = pages_of(kind * 3, seed=ord(kind))
+            pair.sender.send_pages(pair.epoch, np.array([0, 1, 2]), pages, None)
+        pair.sender.send_commit(pair.epoch, device_state(pair.epoch))
+        while pair.link.step():
+            pass
+        assert np.array_equal(pair.standby.image.contents()[:3], pages)
 
 
 def test_pages_and_logs_that_repeat_are_sent_smaller() -> None:
@@ -226,16 +241,31 @@ def test_a_length_that_cannot_be_is_refused_before_memory_is_found_for_it(length
 
 
 def test_what_the_standby_answers_must_have_been_offered() -> None:
-    assert packing.agreed(["zstd"], None) is None
-    found = packing.agreed(["zstd", "lz4"], "lz4")
+    offered = packing.available(["lz4", "none"])
+    assert packing.agreed(offered, None) is None
+    found = packing.agreed(offered, "lz4")
     assert found is not None and found[0] == "lz4" and isinstance(found[1], Lz4Codec)
-    for answer in ("zstd", "../lz4", 7, ["lz4"]):
+    for answer in ("zstd", "none", "../lz4", 7, ["lz4"]):
         with pytest.raises(exception.ProtocolMismatch):
-            packing.agreed(["lz4"], answer)
+            packing.agreed(offered, answer)
 
 
-def test_the_first_codec_that_is_there_is_loaded() -> None:
-    assert packing.load([]) is None
-    assert packing.load(["none"]) is None
-    found = packing.load(["none", "lz4", "zstd"])
+def test_the_first_codec_that_is_there_is_used() -> None:
+    assert packing.first_of([]) is None
+    assert packing.first_of(["none"]) is None
+    found = packing.first_of(["none", "lz4", "zstd"])
     assert found is not None and found[0] == "lz4" and isinstance(found[1], Codec)
+
+
+def test_a_codec_that_cannot_be_loaded_is_not_offered_and_that_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Lz4Codec) -> None:
+        raise OSError("no such library")
+
+    monkeypatch.setattr(Lz4Codec, "__init__", broken)
+    assert list(packing.available(["lz4", "zstd", "none"])) == ["zstd"]
+    assert "codec lz4 is not used: no such library" in caplog.text
+    assert "codec none is not used" in caplog.text
+    found = packing.first_of(["lz4", "zstd"])
+    assert found is not None and found[0] == "zstd"

@@ -25,11 +25,13 @@ MIB = 1 << 20
 class Played:
     """A link with a kernel that takes all at once, and a peer that answers."""
 
-    def __init__(self, s_per_byte: float = GBIT, buffer_bytes: int = 1 << 40) -> None:
+    def __init__(
+        self, s_per_byte: float = GBIT, buffer_bytes: int = 1 << 40, trip_s: float = TRIP_S
+    ) -> None:
         self.now = 100.0
         self.speed = Speed(lambda: self.now)
         self.sent = 0
-        self._s_per_byte, self._buffer = s_per_byte, buffer_bytes
+        self._s_per_byte, self._buffer, self._trip_s = s_per_byte, buffer_bytes, trip_s
         self._out_at = self.now  # when the kernel has sent what it was given
 
     def send(self, count: int, work_s: float = 0.0) -> None:
@@ -45,7 +47,7 @@ class Played:
         """The question, and when its answer will be here."""
         asked = self.speed.asked(self.sent)
         self.speed.idle()
-        return asked, self._out_at + TRIP_S
+        return asked, self._out_at + self._trip_s
 
     def answer(self, asked: tuple[object, float]) -> None:
         self.now = max(self.now, asked[1])
@@ -107,6 +109,53 @@ def test_few_bytes_tell_nothing() -> None:
     assert link.speed.s_per_byte == 0.0
 
 
+def test_what_every_answer_takes_is_not_the_links() -> None:
+    """A standby that is slow to answer makes no link slow."""
+    link = Played(trip_s=5e-3)
+    for _ in range(10):
+        link.round(MIB // 4)
+    assert link.speed.s_per_byte > 2 * GBIT  # nobody knows better
+    for _ in range(40):
+        link.round(100)
+        link.round(MIB // 4)
+    assert link.speed.s_per_byte == near()
+
+
+def test_an_old_measurement_fades_where_little_is_sent() -> None:
+    link = Played()
+    for _ in range(10):
+        link.round(MIB)
+    for _ in range(2000):
+        link.round(1000)
+    assert link.speed.s_per_byte < GBIT / 20
+
+
+@pytest.mark.parametrize("buffer_bytes", [MIB, 4 * MIB, 6 * MIB])
+@pytest.mark.parametrize("count", [4.25, 5, 7.5, 16])
+def test_what_is_left_of_a_long_stretch_does_not_count_for_all(
+    buffer_bytes: int, count: float
+) -> None:
+    link = Played(buffer_bytes=buffer_bytes)
+    for _ in range(30):
+        for _ in range(int(count * 4)):
+            link.send(MIB // 4)
+        link.answer(link.commit())
+        link.now += 0.02
+    assert 0.4 * GBIT < link.speed.s_per_byte < 1.3 * GBIT
+
+
+def test_a_pause_does_not_count() -> None:
+    link = Played()
+    for _ in range(10):
+        link.send(MIB // 2)
+        link.now += 0.05
+        link.speed.held_s += 0.05
+        link.send(MIB // 2)
+        link.answer(link.commit())
+        link.now += 0.02
+    assert link.speed.s_per_byte <= 1.2 * GBIT
+
+
 def test_a_long_stretch_is_measured_before_any_answer() -> None:
     link = Played(buffer_bytes=MIB)
     for _ in range(2 * STRETCH_BYTES // MIB):
@@ -127,12 +176,12 @@ def test_a_link_that_becomes_slower_is_noticed() -> None:
     assert link.speed.s_per_byte == near(10 * GBIT)
 
 
-def test_work_alone_makes_no_link_infinitely_fast() -> None:
+def test_where_nearly_all_was_work_nothing_is_concluded() -> None:
     link = Played(GBIT)
     for _ in range(10):
         asked = link.speed.asked(link.sent)
         link.sent += MIB
-        link.speed.worked(1.0)
+        link.speed.worked(0.009)
         link.now += 0.01
         link.speed.answered((asked[0], link.sent))
-    assert link.speed.s_per_byte == pytest.approx(0.01 / 4 / MIB)
+    assert link.speed.s_per_byte == 0.0
