@@ -22,8 +22,11 @@ its options of metrics and tracing in the transport's configuration but register
 
 from __future__ import annotations
 
+import os
 import warnings
 
+# A quarter of the time that our commands and workers take to start, for nothing.
+os.environ.setdefault("EVENTLET_NO_GREENDNS", "yes")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import oslo_messaging
