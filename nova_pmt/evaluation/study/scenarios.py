@@ -134,14 +134,14 @@ SCENARIOS = (
     Scenario("idle", "nothing but its own timers", "", _idle),
     Scenario(
         "uniform",
-        "writes to 600 pages of 32 MiB every 20 ms, each as often as any other",
+        "writes a word to 600 pages of 32 MiB every 20 ms, each as often as any other",
         "rounds/s",
         _memory,
         ("dirty 600 20",),
     ),
     Scenario(
         "heavy",
-        "writes to 5,000 pages of 32 MiB every 20 ms",
+        "writes a word to 5,000 pages of 32 MiB every 20 ms",
         "rounds/s",
         _memory,
         ("dirty 5000 20",),
@@ -155,7 +155,8 @@ SCENARIOS = (
     ),
     Scenario(
         "web",
-        f"{CLIENTS} clients ask and are answered 64 bytes; 100 pages are written every 20 ms",
+        f"{CLIENTS} clients ask and are answered 64 bytes; a word of 100 pages is written every "
+        "20 ms",
         "requests/s",
         _requests(*[loads.echo] * CLIENTS),
         ("dirty 100 20",),
@@ -174,15 +175,15 @@ SCENARIOS = (
     ),
     Scenario(
         "build",
-        "writes 4 KiB here and there to both disks; 400 whole pages are written every 20 ms",
+        "writes 4 KiB here and there to both disks, and 400 whole pages every 20 ms, of noise",
         "MB/s",
         _writes("rand", 4),
         ("full 1", "dirty 400 20"),
     ),
     Scenario(
         "mixed",
-        "a web client and a database client, 1 MiB of log lines written after the other, and 200 "
-        "pages every 20 ms",
+        "a web client and a database client, 1 MiB of log lines written after the other, and a "
+        "word of 200 pages every 20 ms",
         "requests/s",
         _beside(_requests(loads.echo, loads.transactions), _writes("text", 1024)),
         ("dirty 200 20",),

@@ -158,6 +158,10 @@ static int write_blocks(struct disk *disk, size_t block, unsigned count, int at_
     for (unsigned i = 0; i < count && !failed; i++) {
         uint64_t stamp = __atomic_add_fetch(&written, 1, __ATOMIC_RELAXED);
         uint64_t place = at_random ? mix(stamp) % places : i % places;
+        /* All of a block is new: a compressor must not find in one what was in the one before it. */
+        uint64_t change = mix(stamp) | 1;
+        for (size_t at = 0; !lines && at < block / 8; at++)
+            data[at] += change;
         for (size_t at = 0; at < block / 8; at += PAGE / 8)
             data[at] = mix(page.boot) ^ stamp;
         failed = pwrite(disk->fd, data, block, (off_t)(LOAD_AT + place * block)) != (ssize_t)block;
