@@ -31,7 +31,7 @@ static struct {
     uint64_t *buffer;
     uint64_t *shadow; /* per page: sequence of its last write, maybe | FULL; 0 = never */
     uint64_t sequence;
-    size_t pages, position, step, hot;
+    size_t pages, position, step;
 } dirt = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static struct {
@@ -72,13 +72,12 @@ static uint64_t content(uint64_t sequence, size_t index, unsigned word)
     return mix(sequence ^ mix(index * WORDS + word));
 }
 
-/* All in turn; skewed, eight of ten times one of the first sixteenth. */
+/* All in turn; skewed, eight of ten times one of the first sixteenth, drawn at random. */
 static size_t next_page(void)
 {
-    if (dirty_skew && mix(dirt.sequence) % 10 < 8) {
-        dirt.hot = (dirt.hot + 1) % (dirt.pages < 16 ? 1 : dirt.pages / 16);
-        return dirt.hot;
-    }
+    uint64_t drawn = mix(dirt.sequence);
+    if (dirty_skew && drawn % 10 < 8)
+        return drawn / 10 % (dirt.pages < 16 ? 1 : dirt.pages / 16);
     size_t index = dirt.position;
     dirt.position = (index + dirt.step) % dirt.pages;
     return index;
