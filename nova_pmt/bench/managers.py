@@ -42,6 +42,7 @@ from oslo_config import cfg
 
 from nova_pmt import exception
 from nova_pmt.arbiter.base import Side
+from nova_pmt.bench import pictures
 from nova_pmt.bench.report import Report
 from nova_pmt.conf import opts
 from nova_pmt.manager.db import migration, models
@@ -391,13 +392,7 @@ def plot(row: dict[str, Any], path: Path) -> None:
 
     :raises nova_pmt.exception.ConfigError: there is no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise exception.ConfigError(
-            "plots need matplotlib, which is not installed", cure="pip install matplotlib"
-        ) from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = pictures.figure(7, 4)
     axes = figure.add_subplot()
     for key, label in (("asked_s", "asked"), ("decided_s", "decided")):
         axes.step(row[key], range(1, len(row[key]) + 1), where="post", label=label)

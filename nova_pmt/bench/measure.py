@@ -19,23 +19,21 @@ standard output; the last of each answer has the member ``done``. See :func:`ser
 from __future__ import annotations
 
 import gc
-import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import numpy as np
 
-from nova_pmt import exception
 from nova_pmt.bench.guest import BenchGuest
+from nova_pmt.bench.inside import Tell, converse
 from nova_pmt.bench.variants import Sample, Variants
 from nova_pmt.worker import pausing
 
 #: Not counted: the first rounds warm caches and let the cache of slabs find its size.
 WARM_UP = 5
 STEPS = ("stop", "scan", "copy", "save", "cont")
-Tell = Callable[..., None]
 
 
 def orders(names: list[str], rounds: int, seed: int = 1) -> Iterator[list[str]]:
@@ -89,12 +87,7 @@ def measure(guest: BenchGuest, request: dict[str, Any], tell: Tell) -> None:
 def serve(source: TextIO, sink: TextIO) -> int:
     """First line: ``domain``, ``threads``; then requests with ``do`` and their numbers."""
 
-    def tell(**message: Any) -> None:
-        sink.write(json.dumps(message) + "\n")
-        sink.flush()
-
-    first = json.loads(source.readline())
-    try:
+    def talk(first: dict[str, Any], requests: Iterator[dict[str, Any]], tell: Tell) -> None:
         with BenchGuest(first["domain"], threads=first["threads"]) as guest:
             pausing.prepare()
             tell(
@@ -103,13 +96,10 @@ def serve(source: TextIO, sink: TextIO) -> int:
                 pages=guest.layout.page_count,
                 threads=guest.tracker.thread_count,
             )
-            for line in source:
-                request = json.loads(line)
+            for request in requests:
                 {"calibrate": calibrate, "measure": measure}[request["do"]](guest, request, tell)
-    except exception.PmtError as error:
-        tell(done="error", error=error.to_dict())
-        return 1
-    return 0
+
+    return converse(source, sink, talk)
 
 
 if __name__ == "__main__":

@@ -18,26 +18,19 @@ Speaks with :mod:`nova_pmt.bench.child` as :mod:`nova_pmt.bench.measure` does.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from qemu.qmp import QMPClient
 
-from nova_pmt import exception
-from nova_pmt.guest import domain as guest_domain
+from nova_pmt.bench.inside import Guest, Tell, converse
 from nova_pmt.guest.execution import SAVE, DirectExecution
 from nova_pmt.guest.monitor import DirectMonitor
 from nova_pmt.worker import pausing
 
-RUNTIME = "/run/nova_pmt"
-URI = "qemu:///system"
-_SOCKET = re.compile(r"""unix:([^,"']+\.sock),""")
 #: Not counted: the first rounds of a connection.
 SETTLE = 3
 
@@ -137,38 +130,24 @@ def blocks(rounds: int, block: int) -> list[int]:
 def serve(source: TextIO, sink: TextIO) -> int:
     """First line: ``domain``; second: ``rounds``, ``block``, ``interval_ms``."""
 
-    def tell(**message: Any) -> None:
-        sink.write(json.dumps(message) + "\n")
-        sink.flush()
-
-    first = json.loads(source.readline())
-    try:
-        connection = guest_domain.connect(URI)
-        with contextlib.closing(connection):
-            domain = guest_domain.Domain.find(connection, first["domain"])
-            match = _SOCKET.search(domain.xml())
-            if match is None:
-                raise exception.GuestError(f"domain {domain.name} has no second QMP monitor")
-            path, pid = match[1], domain.pid()
-            directory = guest_domain.guest_directory(RUNTIME, domain.uuid, pid)
-        with DirectMonitor(path) as monitor:
+    def talk(first: dict[str, Any], requests: Iterator[dict[str, Any]], tell: Tell) -> None:
+        guest = Guest.find(first["domain"])
+        with DirectMonitor(guest.monitor) as monitor:
             version = monitor.execute("query-version")["qemu"]
         pausing.prepare()
         parts = ("major", "minor", "micro")
         tell(done="start", qemu=".".join(str(version[part]) for part in parts))
-        for line in source:
-            request = json.loads(line)
+        for request in requests:
             samples: dict[str, list[float]] = {name: [] for name in CLIENTS}
             for size in blocks(request["rounds"], request["block"]):
                 for name, client in CLIENTS.items():
-                    times = client(path, directory, size + SETTLE, request["interval_ms"] / 1e3)
+                    pause_s = request["interval_ms"] / 1e3
+                    times = client(guest.monitor, guest.directory, size + SETTLE, pause_s)
                     samples[name] += times[SETTLE:]
                 tell(progress=len(samples["library"]), total=request["rounds"])
             tell(done="measure", samples=samples)
-    except exception.PmtError as error:
-        tell(done="error", error=error.to_dict())
-        return 1
-    return 0
+
+    return converse(source, sink, talk)
 
 
 if __name__ == "__main__":

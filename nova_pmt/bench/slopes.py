@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from nova_pmt import exception
+from nova_pmt.bench import pictures
 
 Row = Mapping[str, Any]
 #: Fewer rows say nothing of two slopes.
@@ -68,15 +68,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     :raises nova_pmt.exception.ConfigError: there is no matplotlib.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise exception.ConfigError(
-            "plots need matplotlib, which is not installed", cure="pip install matplotlib"
-        ) from error
-    mpl.rcParams["svg.hashsalt"] = "nova-pmt"  # the same figures make the same file
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    figure = pictures.figure(8.4, 3.4)
     plots = figure.subplots(1, len(SERIES), sharey=True)
     sizes = sorted({row["memory_mib"] for row in rows})
     for plot, (series, title) in zip(plots, SERIES, strict=True):

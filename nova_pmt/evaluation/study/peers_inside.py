@@ -20,9 +20,7 @@ First line: ``domain``; then ``peer``, ``times``, and ``pages`` for what needs i
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import socket
 import statistics
 import subprocess
@@ -31,18 +29,16 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 import numpy as np
 
 from nova_pmt import exception
+from nova_pmt.bench.inside import URI, Guest, Tell, converse
 from nova_pmt.checkpoint.interfaces import PAGE_SIZE
-from nova_pmt.guest import domain as guest_domain
 from nova_pmt.guest.monitor import DirectMonitor
 
-_RUNTIME = "/run/nova_pmt"
-_URI = "qemu:///system"
-_MONITOR = re.compile(r"""unix:([^,"']+\.sock),""")
 _SNAPSHOT = "/dev/shm/nova-pmt-eval.snapshot"
 #: Migrations that do not come to an end are no peers.
 _LIMIT_S = 30.0
@@ -53,25 +49,17 @@ _IO_BYTES = 1 << 20
 _COPIES = 20
 
 
+@dataclass(frozen=True)
 class Host:
-    """The guest's domain and its second monitor."""
+    """Migrates the guest to nowhere."""
 
-    def __init__(self, domain: guest_domain.Domain) -> None:
-        xml = domain.xml()
-        match = _MONITOR.search(xml)
-        if match is None:
-            raise exception.GuestError(f"domain {domain.name} has no second QMP monitor")
-        self.uuid = domain.uuid
-        self.monitor_path = match[1]
-        self.directory = guest_domain.guest_directory(_RUNTIME, domain.uuid, domain.pid())
-        targets = ET.fromstring(xml).iterfind("devices/disk/target")
-        self.disks = [target.get("dev", "") for target in targets]
+    guest: Guest
 
     @contextlib.contextmanager
     def migration(self, monitor: DirectMonitor) -> Iterator[None]:
         """Migrate to a socket whose other end throws away what comes; ends with all of it read,
         and the guest stopped."""
-        path = os.path.join(self.directory, "peer.sock")
+        path = os.path.join(self.guest.directory, "peer.sock")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         before = monitor.execute("query-migrate-parameters")
@@ -147,10 +135,20 @@ def snapshot(host: Host, monitor: DirectMonitor) -> float:
     """What libvirt's live snapshot of memory stops the guest for; of no disk."""
     monitor.forget_events({"STOP", "RESUME"})
     command = [
-        *("virsh", "-c", _URI, "snapshot-create-as", host.uuid, "eval", "--no-metadata", "--live"),
+        *(
+            "virsh",
+            "-c",
+            URI,
+            "snapshot-create-as",
+            host.guest.uuid,
+            "eval",
+            "--no-metadata",
+            "--live",
+        ),
         *("--memspec", f"file={_SNAPSHOT},snapshot=external"),
     ]
-    for disk in host.disks:
+    for target in ET.fromstring(host.guest.xml).iterfind("devices/disk/target"):
+        disk = target.get("dev", "")
         command += ["--diskspec", f"{disk},snapshot=no"]
     try:
         ran = subprocess.run(
@@ -194,7 +192,7 @@ def _measure(host: Host, request: dict[str, Any]) -> dict[str, Any]:
             if peer == "memcpy":
                 found.append(memcpy(request["pages"]))
                 continue
-            with DirectMonitor(host.monitor_path, _LIMIT_S) as monitor:
+            with DirectMonitor(host.guest.monitor, _LIMIT_S) as monitor:
                 found.append(_OF_GUESTS[peer](host, monitor))
     except exception.PmtError as error:
         return {"pauses_ms": [], "why": error.message}
@@ -204,21 +202,13 @@ def _measure(host: Host, request: dict[str, Any]) -> dict[str, Any]:
 def serve(source: TextIO, sink: TextIO) -> int:
     """See the module's text."""
 
-    def tell(**message: Any) -> None:
-        sink.write(json.dumps(message) + "\n")
-        sink.flush()
-
-    first = json.loads(source.readline())
-    try:
-        with contextlib.closing(guest_domain.connect(_URI)) as connection:
-            host = Host(guest_domain.Domain.find(connection, first["domain"]))
+    def talk(first: dict[str, Any], requests: Iterator[dict[str, Any]], tell: Tell) -> None:
+        host = Host(Guest.find(first["domain"]))
         tell(done="start")
-        for line in source:
-            tell(done="measure", **_measure(host, json.loads(line)))
-    except exception.PmtError as error:
-        tell(done="error", error=error.to_dict())
-        return 1
-    return 0
+        for request in requests:
+            tell(done="measure", **_measure(host, request))
+
+    return converse(source, sink, talk)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nova_pmt import exception
+from nova_pmt.bench import pictures
 from nova_pmt.evaluation.study.figures import Table
 from nova_pmt.evaluation.study.findings import link_name
 
@@ -48,16 +48,8 @@ def draw(table: Table, directory: Path) -> list[Path]:
 
 
 def _bars(table: Table, figure: str, label: str, logarithmic: bool) -> Any:
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise exception.ConfigError(
-            "plots need matplotlib, which is not installed", cure="pip install matplotlib"
-        ) from error
-    mpl.rcParams["svg.hashsalt"] = "nova-pmt"  # the same figures make the same file
     links, scenarios = table.links, table.scenarios
-    picture = Figure(figsize=(4.2 * len(links), 3.4), layout="constrained")
+    picture = pictures.figure(4.2 * len(links), 3.4)
     axes = picture.subplots(1, len(links), sharey=True, squeeze=False)[0]
     width = 0.8 / max(1, len(table.strategies))
     for plot, link in zip(axes, links, strict=True):
