@@ -55,6 +55,8 @@ class Choice:
         self._spent = [0.0] + [-1.0] * len(levels)
         self._left = [1.0] * (len(levels) + 1)
         self._seen = [0] * (len(levels) + 1)
+        # What a level that took too long is taken for when it is decided what to try; no more.
+        self._hope = [1.0] * (len(levels) + 1)
         self._best = 0
         self._small = 0
         self._rest_s, self._due = FIRST_REST_S, 0.0
@@ -89,10 +91,11 @@ class Choice:
         arm = self._levels.index(level) + 1
         tried = bool(self._trials) and self._trials[0] == arm
         if size < COUNTED_BYTES:
-            self._small += 1
-            if tried and self._small >= _PATIENCE:
+            self._small += tried
+            if self._small >= _PATIENCE:
                 self._end_trial()
             return
+        self._hope[arm] = 1.0
         spent, left = spent_s / size, packed / size
         self._seen[arm] += 1
         if self._seen[arm] == 1:
@@ -132,7 +135,7 @@ class Choice:
         for arm in (self._best - 1, self._best + 1):
             if not 0 < arm < len(self._spent):
                 continue
-            if self._spent[arm] >= limit:  # compressing alone takes longer than the best in all
-                self._spent[arm] *= _FORGIVEN
+            if self._spent[arm] * self._hope[arm] >= limit:
+                self._hope[arm] *= _FORGIVEN  # compressing alone takes longer than the best in all
             else:
                 self._trials.append(arm)

@@ -31,7 +31,7 @@ from nova_pmt.guest.monitor import DirectMonitor, LibvirtMonitor, Monitor
 #: A QMP monitor of a domain that belongs to us lies in this sub-directory of the runtime directory.
 QMP_DIRECTORY = "qmp"
 GUEST_DIRECTORY = "guests"
-_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_UUID = re.compile(r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}")
 _QMP_ARGUMENT = re.compile(r"""<qemu:arg value=["']unix:([^,"']+),""")
 _event_loop: list[threading.Thread] = []
 

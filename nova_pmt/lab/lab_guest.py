@@ -127,7 +127,7 @@ class LabGuest:
         Load for a disk behind its record area, that is beyond 48 MiB, where offsets begin. The
         answer is ``ok KIB MICROSECONDS``, and for ``fua`` a KIB is a write:
 
-        ``disk write seq|rand BLOCK_KIB COUNT DEV`` ``disk fua COUNT DEV``
+        ``disk write seq|rand|text BLOCK_KIB COUNT DEV`` ``disk fua COUNT DEV``
         ``disk discard|zero OFFSET_KIB LENGTH_KIB DEV``
 
         UDP datagrams to ctl's ``PORT`` in the background, in frames of ``MIN`` to ``MAX`` bytes;

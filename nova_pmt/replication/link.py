@@ -317,6 +317,7 @@ class Link:
                     self._parts[0] = part[count:]
             self._want(selectors.EVENT_READ)
         except (BlockingIOError, ssl.SSLWantWriteError):
+            self.speed.refused()
             self._want(selectors.EVENT_READ | selectors.EVENT_WRITE)
         except ssl.SSLWantReadError:
             self._want(selectors.EVENT_READ)

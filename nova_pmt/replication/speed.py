@@ -14,8 +14,9 @@
 
 From two measurements. Where there is much to send: how long it took to hand it to the kernel, whose
 buffers are small against it. Otherwise: how long it took until the peer said that it has it, less
-what that takes when there is next to nothing to send. Time in which there was nothing to send, in
-which nothing was allowed to be sent, or in which our thread made frames, does not count.
+what that takes when there is next to nothing to send. Time in which there was nothing to send does
+not count; nor that in which nothing was allowed to be sent, or in which our thread made frames,
+unless the kernel had enough to send meanwhile.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ _GROWS = 1.01
 class Mark:
     """A place in what is sent.
 
-    :param other_s: seconds until then that were not the link's.
+    :param other_s: seconds until then in which nothing was handed to the kernel, for other reasons.
+    :param refused: how often the kernel had refused to take more.
     """
 
     at: float
     sent: int
     other_s: float
+    refused: int
 
 
 class Speed:
@@ -70,14 +73,19 @@ class Speed:
         self._trip_s = 0.0
         self._began: Mark | None = None
         self._stretch: Mark | None = None
-        self._answered = Mark(0.0, 0, 0.0)
+        self._answered = Mark(0.0, 0, 0.0, 0)
+        self._refused = 0
 
     def worked(self, seconds: float) -> None:
         """So long our thread made a frame, and did not send."""
         self._worked_s += seconds
 
     def _mark(self, sent: int) -> Mark:
-        return Mark(self._clock(), sent, self._worked_s + self.held_s)
+        return Mark(self._clock(), sent, self._worked_s + self.held_s, self._refused)
+
+    def refused(self) -> None:
+        """The kernel takes no more: it has enough to send for a while."""
+        self._refused += 1
 
     def busy(self, sent: int) -> None:
         """There is something to send.
@@ -111,12 +119,16 @@ class Speed:
             return
         self.s_per_byte *= _FADES
         if sent - since.sent <= TRIP_BYTES:
-            trip = max(0.0, now.at - since.at - (now.other_s - since.other_s))
+            trip = max(0.0, now.at - since.at - self._other_s(since, now))
             self._trip_s = min(trip, self._trip_s * _GROWS) if self._trip_s else trip
+
+    @staticmethod
+    def _other_s(since: Mark, now: Mark) -> float:
+        return now.other_s - since.other_s if now.refused == since.refused else 0.0
 
     def _note(self, since: Mark, now: Mark, trip_s: float) -> None:
         elapsed = now.at - since.at
-        links = elapsed - (now.other_s - since.other_s) - trip_s
+        links = elapsed - self._other_s(since, now) - trip_s
         if links < LEAST_SHARE * elapsed:
             return
         found = links / (now.sent - since.sent)

@@ -18,10 +18,11 @@ cache over time; ``summary.json`` means with intervals of each figure.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ class Study:
         #: Combinations that could not be measured, and why.
         self.failures: list[dict[str, Any]] = []
         self._measured = 0
-        self._anew = False  # the guest may be in any state
+        self._guest: LabGuest | None = None
+        self._group: tuple[int, int] | None = None
+        self._scenario: Scenario | None = None
 
     def run(self) -> None:
         """Measure all.
@@ -126,16 +129,19 @@ class Study:
         places = options.places()
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / "summary.json").unlink(missing_ok=True)  # of what was measured before
-        with Lab(computes=2, rabbit=False) as lab, self._files() as write:
+        with contextlib.ExitStack() as stack:
+            lab = stack.enter_context(Lab(computes=2, rabbit=False))
+            write = stack.enter_context(self._files())
             deployment.configure(lab)
-            for number, (place, guest) in enumerate(self._guests(lab, places)):
+            stack.callback(self._end)
+            for number, place in enumerate(places):
                 self._report.progress("measurements", number, len(places))
                 try:
+                    guest = self._ready(lab, place)
                     rows = self._measure(place, guest, lab)
                 except (exception.PmtError, OSError, libvirt.libvirtError) as error:
                     why = getattr(error, "message", "") or str(error)
                     self._fail({**place.facts(), "why": why})
-                    self._anew = True
                     continue
                 self._measured += 1
                 self.rows += rows
@@ -171,33 +177,28 @@ class Study:
     def _fail(self, failure: dict[str, Any]) -> None:
         self._report.note(f"not measured: {failure}")
         self.failures.append(failure)
+        self._end()  # it may be in any state
 
-    def _guests(self, lab: Lab, places: Sequence[Place]) -> Iterator[tuple[Place, LabGuest]]:
-        """Each place with a guest that does what its scenario says, over its link."""
-        guest: LabGuest | None = None
-        group: tuple[int, int] | None = None
-        scenario: Scenario | None = None
-        host = lab.computes[0]
-        try:
-            for place in places:
-                if self._anew or group != (place.repeat, place.link_mbit):
-                    self._anew = False
-                    group = (place.repeat, place.link_mbit)
-                    if guest is not None:
-                        guest.destroy()
-                    guest, scenario = self._boot(lab), None
-                    link = host.link("repl")
-                    link.limit(place.link_mbit) if place.link_mbit else link.unlimit()
-                assert guest is not None
-                if scenario is not place.scenario:
-                    if scenario is not None:
-                        scenario.end(guest)
-                    scenario = place.scenario
-                    scenario.begin(guest)
-                yield place, guest
-        finally:
-            if guest is not None:
-                guest.destroy()
+    def _ready(self, lab: Lab, place: Place) -> LabGuest:
+        """A guest that does what its scenario says, over its link."""
+        group = (place.repeat, place.link_mbit)
+        if self._guest is None or self._group != group:
+            self._end()
+            self._guest, self._group = self._boot(lab), group
+            link = lab.computes[0].link("repl")
+            link.limit(place.link_mbit) if place.link_mbit else link.unlimit()
+        if self._scenario is not place.scenario:
+            if self._scenario is not None:
+                self._scenario.end(self._guest)
+            self._scenario = place.scenario
+            self._scenario.begin(self._guest)
+        return self._guest
+
+    def _end(self) -> None:
+        """The next place gets another guest."""
+        guest, self._guest, self._scenario = self._guest, None, None
+        if guest is not None:
+            guest.destroy()
 
     def _boot(self, lab: Lab) -> LabGuest:
         disks = (
@@ -236,7 +237,7 @@ class Study:
                 "memory_mib": self._options.memory_mib,
                 "peers": self._options.peers,
             },
-            "complete": self._measured == len(self._options.places()),
+            "complete": (self._measured == len(self._options.places()) and not self.failures),
             "failures": self.failures,
             "figures": figures.summarise(self.rows),
         }

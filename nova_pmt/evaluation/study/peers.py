@@ -24,6 +24,9 @@ None of them does this again and again: a guest is not protected by any.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,31 +42,45 @@ _TIMES = 3
 _MODULE = "nova_pmt.evaluation.study.peers_inside"
 
 
+@contextlib.contextmanager
+def _driven(place: Place, guest: LabGuest, seconds: float) -> Iterator[None]:
+    """The scenario's load goes on until the end."""
+    over = threading.Event()
+
+    def drive() -> None:
+        while not over.is_set():
+            place.scenario.drive(guest, seconds)
+
+    with ThreadPoolExecutor(1) as pool:
+        driven = pool.submit(drive)
+        try:
+            yield
+        finally:
+            over.set()
+        driven.result()
+
+
 def measure(
     place: Place, guest: LabGuest, seconds: float, pages: int | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A row for each peer, and what could not be measured, with its reason (``why``).
 
-    :param seconds: for so long the scenario is driven at least.
+    :param seconds: for so long the scenario is driven each time.
     :param pages: of a checkpoint of ``pmt``; None: not known.
     :raises nova_pmt.exception.PmtError: the lab failed.
     """
     rows, failures = [], []
-    for name in NAMES:
-        if name == "memcpy" and not pages:
-            continue
-        facts = {**place.facts(), "strategy": name}
-        with (
-            Child(guest.host, _MODULE, {"domain": guest.uuid}) as child,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            driven = pool.submit(place.scenario.drive, guest, seconds)
-            answer = child.ask({"peer": name, "times": _TIMES, "pages": pages})
-            driven.result()
-        pauses = answer["pauses_ms"]
-        if not pauses:
-            failures.append({**facts, "why": answer["why"]})
-            continue
-        times = quantiles(pauses)
-        rows.append({**facts, "pause_p50_ms": times["p50"], "pause_max_ms": times["max"]})
+    with Child(guest.host, _MODULE, {"domain": guest.uuid}) as child:
+        for name in NAMES:
+            if name == "memcpy" and not pages:
+                continue
+            request = {"peer": name, "times": _TIMES, "pages": pages}
+            with _driven(place, guest, seconds):
+                answer = child.ask(request)
+            facts, pauses = {**place.facts(), "strategy": name}, answer["pauses_ms"]
+            if not pauses:
+                failures.append({**facts, "why": answer["why"]})
+                continue
+            times = quantiles(pauses)
+            rows.append({**facts, "pause_p50_ms": times["p50"], "pause_max_ms": times["max"]})
     return rows, failures

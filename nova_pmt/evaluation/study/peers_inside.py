@@ -37,7 +37,7 @@ import numpy as np
 from nova_pmt import exception
 from nova_pmt.bench.inside import URI, Guest, Tell, converse
 from nova_pmt.checkpoint.interfaces import PAGE_SIZE
-from nova_pmt.guest.monitor import DirectMonitor
+from nova_pmt.guest.monitor import DirectMonitor, QmpCommandError
 
 _SNAPSHOT = "/dev/shm/nova-pmt-eval.snapshot"
 #: Migrations that do not come to an end are no peers.
@@ -54,6 +54,15 @@ class Host:
     """Migrates the guest to nowhere."""
 
     guest: Guest
+
+    def let_run(self) -> None:
+        """The guest may stand still, after something that went wrong."""
+        deadline = time.monotonic() + _LIMIT_S
+        with DirectMonitor(self.guest.monitor, _LIMIT_S) as monitor:
+            while not monitor.execute("query-status")["running"] and time.monotonic() < deadline:
+                with contextlib.suppress(QmpCommandError):  # not yet
+                    monitor.execute("cont")
+                time.sleep(0.05)
 
     @contextlib.contextmanager
     def migration(self, monitor: DirectMonitor) -> Iterator[None]:
@@ -83,11 +92,13 @@ class Host:
 
     @staticmethod
     def _await_end(monitor: DirectMonitor) -> None:
-        deadline = time.monotonic() + _LIMIT_S
+        deadline, cancelled = time.monotonic() + _LIMIT_S, False
         while (status := monitor.execute("query-migrate")["status"]) not in _ENDED:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not cancelled:
+                cancelled = True
                 monitor.execute("migrate_cancel")
-                deadline += _LIMIT_S
+            if time.monotonic() > deadline + _LIMIT_S:
+                break
             time.sleep(0.001)
         if status != "completed":
             raise exception.GuestError(f"the migration did not come to an end in {_LIMIT_S:.0f} s")
@@ -194,8 +205,9 @@ def _measure(host: Host, request: dict[str, Any]) -> dict[str, Any]:
                 continue
             with DirectMonitor(host.guest.monitor, _LIMIT_S) as monitor:
                 found.append(_OF_GUESTS[peer](host, monitor))
-    except exception.PmtError as error:
-        return {"pauses_ms": [], "why": error.message}
+    except (exception.PmtError, OSError, subprocess.SubprocessError) as error:
+        host.let_run()
+        return {"pauses_ms": [], "why": getattr(error, "message", "") or str(error)}
     return {"pauses_ms": found}
 
 

@@ -66,6 +66,7 @@ def test_where_the_rows_do_not_tell_there_are_no_slopes(few: list[dict[str, Any]
 def test_the_page_has_slopes_and_their_picture(
     tmp_path: Path, us_per_page: float, verdict: str
 ) -> None:
+    pytest.importorskip("matplotlib")
     path = tmp_path / "pause.json"
     header = {**HEADER, "benchmark": "pause"}
     path.write_text(json.dumps({"header": header, "rows": rows(us_per_page, 0.5)}))

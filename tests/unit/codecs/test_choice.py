@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nova_pmt.codecs.choice import COUNTED_BYTES, Choice
@@ -148,6 +148,17 @@ def test_levels_that_are_about_as_good_do_not_take_turns() -> None:
         assert made.best == first
 
 
+def test_hope_is_no_measurement() -> None:
+    """A level that compresses well and takes too long is tried now and then, and not taken."""
+    machine = Machine(spent=[1e-7] * 5, left=[0.05] * 5)
+    made = choice(machine)
+    machine.run(made, SLOW, 60)
+    start = machine.now
+    used = machine.run(made, SLOW, 2000)
+    assert used.count(None) > 0.97 * len(used)
+    assert machine.now - start < 1.03 * 2000 * MIB * SLOW
+
+
 costs = st.lists(st.floats(1e-10, 1e-7), min_size=5, max_size=5).map(sorted)
 shares = st.lists(st.floats(0.05, 1.0), min_size=5, max_size=5).map(
     lambda found: sorted(found, reverse=True)
@@ -155,6 +166,7 @@ shares = st.lists(st.floats(0.05, 1.0), min_size=5, max_size=5).map(
 
 
 @given(costs, shares, st.sampled_from([SLOW, USUAL, FAST]))
+@example([1e-7] * 5, [0.05] * 5, SLOW)
 def test_it_never_settles_on_something_worse_than_nothing(
     spent: list[float], left: list[float], s_per_byte: float
 ) -> None:

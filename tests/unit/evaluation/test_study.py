@@ -218,7 +218,7 @@ def test_a_peer_that_cannot_do_it_is_told_and_the_others_are_measured(
 
 
 def test_copying_pages_takes_the_longer_the_more_there_are() -> None:
-    assert 0 < peers_inside.memcpy(10) < peers_inside.memcpy(20_000)
+    assert 0 < peers_inside.memcpy(10) < peers_inside.memcpy(2_000)
 
 
 def test_the_page_has_peers_beside_the_pause() -> None:

@@ -140,7 +140,7 @@ def test_a_page_that_is_sent_twice_in_one_slab_ends_as_it_was_sent_last() -> Non
 
 
 def test_pages_and_logs_that_repeat_are_sent_smaller() -> None:
-    pair = Pair()
+    pair = Pair(s_per_byte=1e-6)
     log = log_entry(0, b"written again and again " * 1024)
     for _ in range(6):
         frames = pair.checkpoint(np.arange(256), pages_of("t" * 256, pair.epoch), log)
@@ -189,13 +189,15 @@ def test_a_standby_that_knows_of_no_codec_gets_neither() -> None:
     assert sender.codec is None
 
 
-def spoilt(pair: Pair, spoil: Callable[[Header, bytearray], None]) -> exception.PeerError:
+def spoilt(
+    pair: Pair, spoil: Callable[[Header, bytearray], None], found: str = "t" * 256
+) -> exception.PeerError:
     """The error with which a checkpoint is refused; the image stays as it was."""
     pair.checkpoint(np.arange(256), pages_of("t" * 256))
     before = pair.standby.image.contents().copy()
     pair.link.flip = spoil
     with pytest.raises(exception.PeerError) as caught:
-        pair.checkpoint(np.arange(256), pages_of("t" * 255 + "z", 9))
+        pair.checkpoint(np.arange(256), pages_of(found, 9))
     assert np.array_equal(pair.standby.image.contents(), before)
     assert pair.standby.acknowledged == [1]
     pair.standby.receiver.discard()
@@ -219,7 +221,7 @@ def test_a_zero_page_that_there_is_not_is_refused(number: int) -> None:
         if header.type is Type.PAGES:  # and the zero page behind it
             frame[-8:] = number.to_bytes(8, "little", signed=True)
 
-    assert "out of range" in spoilt(Pair(), spoil).message
+    assert "out of range" in spoilt(Pair(), spoil, "t" * 255 + "z").message
 
 
 def test_a_compressed_frame_without_a_codec_is_refused() -> None:

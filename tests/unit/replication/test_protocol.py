@@ -68,7 +68,8 @@ def headers(draw: st.DrawFn, max_length: int = 1 << 32) -> Header:
     elif kind in (Type.BLOCK, Type.LOG):
         length = max(length, 1)
     elif kind is Type.DELTA:
-        value = draw(st.integers(1, MAX_PAGES))
+        value = draw(st.integers(1, min(MAX_PAGES, max(1, max_length // 8))))
+        length = max(length, value * 8)
     elif kind is Type.ZEROS:
         value = draw(st.integers(1, min(MAX_PAGES, max(1, max_length // 8))))
         length = value * 8
@@ -134,6 +135,8 @@ def test_a_damaged_header_is_refused_or_means_another_frame(
         Header(Type.PAGES, 8, 1, 1, PACKED),
         Header(Type.PAGES, PAGE_RECORD, 1, 1, PACKED),
         Header(Type.PAGES, 100, 1, 1, STATE_IS_DELTA),
+        Header(Type.DELTA, 0, 1, 1),
+        Header(Type.DELTA, 7, 1, 1),
         Header(Type.DELTA, 4, 1, 1, PACKED),
         Header(Type.LOG, 4, 1, 0, PACKED),
         Header(Type.COMMIT, 100, 1, 1, PACKED),

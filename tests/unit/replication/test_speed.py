@@ -40,7 +40,10 @@ class Played:
         if work_s:
             self.speed.worked(work_s)
         self._out_at = max(self._out_at, self.now) + count * self._s_per_byte
-        self.now = max(self.now, self._out_at - self._buffer * self._s_per_byte)
+        free_at = self._out_at - self._buffer * self._s_per_byte
+        if free_at > self.now:
+            self.speed.refused()
+            self.now = free_at
         self.sent += count
 
     def commit(self) -> tuple[object, float]:
@@ -142,6 +145,14 @@ def test_what_is_left_of_a_long_stretch_does_not_count_for_all(
         link.answer(link.commit())
         link.now += 0.02
     assert 0.4 * GBIT < link.speed.s_per_byte < 1.3 * GBIT
+
+
+def test_work_while_the_kernel_sends_is_the_links_time() -> None:
+    """Where the link is the slower half, frames are made while the one before is under way."""
+    link = Played(buffer_bytes=MIB)
+    for _ in range(64):
+        link.send(MIB // 4, work_s=0.0015)
+    assert link.speed.s_per_byte == near()
 
 
 def test_a_pause_does_not_count() -> None:
