@@ -38,6 +38,9 @@ HELP_S = 8.0
 #: Until the loser's domain is ended.
 ENDED_S = 30.0
 _STATS_S = 0.08
+#: With so many records a guest is replaced by another: each check reads all of them, and takes ten
+#: seconds and more when it is full.
+MOST_RECORDS = min(16_000, transactions.CAPACITY - 1000)
 #: How many lines of what is wrong a trial keeps.
 _KEPT = 8
 
@@ -304,7 +307,7 @@ class Trial:
             result.image_check_errors += image.errors
             result.image_leaks += image.leaks
             self._blame([f"{image.disk}: {line}" for line in image.mismatches])
-        session.room = result.records < transactions.CAPACITY - 1000
+        session.room = result.records < MOST_RECORDS
         if broken or not self._fenced:
             session.reconnect(everybody=not self._fenced)
         result.check_s = seconds_since(begun)
