@@ -339,10 +339,10 @@ class LibvirtHost:
         try:
             domain = self._find(uuid)
             mark = domainxml.read_mark(domain.xml())
+            active = domain.active
         except (exception.UnknownDomain, exception.GuestGone):
-            self.tidy(uuid)
-            return
-        if not domain.active:
+            active = False
+        if not active:
             self.tidy(uuid)
             return
         if mark is None or mark.generation > generation:

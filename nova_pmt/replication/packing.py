@@ -59,7 +59,11 @@ def available(names: Iterable[str]) -> dict[str, Codec]:
         try:
             found[name] = load_class(NAMESPACE, name, Codec)()  # type: ignore[type-abstract]
         except Exception as error:  # noqa: BLE001 - whatever a plug-in's constructor raises
-            LOG.warning("codec %s is not used: %s", name, error)
+            LOG.warning(
+                "codec %s is not used: %s (install it, or take it out of [replication] codecs)",
+                name,
+                error,
+            )
     return found
 
 

@@ -51,6 +51,25 @@ FEW_PAGES = 128
 PAGE_BYTES_SENT = NUMBER_BYTES + PAGE_SIZE
 
 
+@dataclass
+class _Means:
+    """What all frames of a sender are made with; the I/O thread's."""
+
+    digest: Digest
+    base: Base | None
+    gate: Gate
+    packer: Packer | None
+    speed: Speed
+
+    def packed(self, kind: Type, epoch: int, value: int, data: memoryview) -> Buffers:
+        """A frame whose payload is compressed as a whole, if that pays."""
+        packed = self.packer.pack(kind, data) if self.packer is not None else None
+        if packed is None:
+            return [memoryview(Header(kind, len(data), epoch, value).pack()), data]
+        header = Header(kind, LENGTH.size + len(packed), epoch, value, PACKED)
+        return [memoryview(header.pack() + LENGTH.pack(len(data))), memoryview(packed)]
+
+
 class _PagesFrame:
     """PAGES, ZEROS and DELTA frames, in this order: pages that are sent whole, that are zero, and
     that hardly changed.
@@ -62,28 +81,24 @@ class _PagesFrame:
         numbers: PageNumbers,
         data: Pages,
         sent: Callable[[], None] | None,
-        digest: Digest,
-        base: Base | None,
-        gate: Gate,
-        packer: Packer | None,
-        speed: Speed,
+        means: _Means,
     ) -> None:
         self._epoch, self._numbers, self._data = epoch, numbers, data
-        self._sent, self._digest, self._base, self._gate = sent, digest, base, gate
-        self._packer, self._speed = packer, speed
+        self._sent, self._means = sent, means
 
     def begin(self) -> Buffers:
-        numbers, data, base = self._numbers, self._data, self._base
+        numbers, data = self._numbers, self._data
+        base, gate = self._means.base, self._means.gate
         if base is None:
             return self._whole(numbers, data)
         few = len(numbers) <= FEW_PAGES
-        if self._sent is not None or not (few or self._gate.keeps):
+        if self._sent is not None or not (few or gate.keeps):
             # Sent ahead of the pause these may be sent again, and then the standby does not have
             # them in its image yet.
             base.forget(numbers)
             return self._whole(numbers, data)
         parts: Buffers = []
-        known = base.known(numbers) if few or self._gate.tries else np.zeros(len(numbers), np.bool_)
+        known = base.known(numbers) if few or gate.tries else np.zeros(len(numbers), np.bool_)
         if known.any():
             parts = self._with_changes(base, known, few)
         else:
@@ -102,7 +117,7 @@ class _PagesFrame:
         spent = time.perf_counter() - start
         if not few:
             saved = count * PAGE_BYTES_SENT - len(changes)
-            self._gate.count(len(numbers), spent, saved, self._speed.s_per_byte)
+            self._means.gate.count(len(numbers), spent, saved, self._means.speed.s_per_byte)
         parts: Buffers = []
         whole = ~known
         whole[known] = ~worth
@@ -117,7 +132,7 @@ class _PagesFrame:
 
     def _whole(self, numbers: PageNumbers, data: Pages) -> Buffers:
         """Not as changes; those that are zero as their numbers, where the standby knows of that."""
-        if self._packer is None:
+        if self._means.packer is None:
             return self._full(numbers, data)
         zero = zero_pages(data)
         if not zero.any():
@@ -127,14 +142,15 @@ class _PagesFrame:
             parts = self._full(numbers[~zero], np.ascontiguousarray(data[~zero]))
         numbers = numbers[zero]
         places = numbers.astype("<i8", copy=False).tobytes()
-        self._digest.add_pages(places, ZEROS[: len(numbers) * PAGE_SIZE], len(numbers))
+        self._means.digest.add_pages(places, ZEROS[: len(numbers) * PAGE_SIZE], len(numbers))
         header = Header(Type.ZEROS, len(places), self._epoch, len(numbers))
         return [*parts, memoryview(header.pack() + places)]
 
     def _full(self, numbers: PageNumbers, data: Pages) -> Buffers:
         places, contents = numbers.astype("<i8", copy=False).tobytes(), data.data.cast("B")
-        self._digest.add_pages(places, contents, len(numbers))
-        packed = self._packer.pack(Type.PAGES, contents) if self._packer is not None else None
+        self._means.digest.add_pages(places, contents, len(numbers))
+        packer = self._means.packer
+        packed = packer.pack(Type.PAGES, contents) if packer is not None else None
         flags = 0
         if packed is not None:
             contents, flags = memoryview(packed), PACKED
@@ -144,21 +160,12 @@ class _PagesFrame:
 
     def _delta(self, numbers: PageNumbers, data: Pages, changes: bytes) -> Buffers:
         places = numbers.astype("<i8", copy=False).tobytes()
-        self._digest.add_pages(places, data.data.cast("B"), len(numbers))
-        return _packed(self._packer, Type.DELTA, self._epoch, len(numbers), memoryview(changes))
+        self._means.digest.add_pages(places, data.data.cast("B"), len(numbers))
+        return self._means.packed(Type.DELTA, self._epoch, len(numbers), memoryview(changes))
 
     def sent(self) -> None:
         if self._sent is not None:
             self._sent()
-
-
-def _packed(packer: Packer | None, kind: Type, epoch: int, value: int, data: memoryview) -> Buffers:
-    """A frame whose payload is compressed as a whole, if that pays."""
-    packed = packer.pack(kind, data) if packer is not None else None
-    if packed is None:
-        return [memoryview(Header(kind, len(data), epoch, value).pack()), data]
-    header = Header(kind, LENGTH.size + len(packed), epoch, value, PACKED)
-    return [memoryview(header.pack() + LENGTH.pack(len(data))), memoryview(packed)]
 
 
 class _DiskFrame:
@@ -171,15 +178,14 @@ class _DiskFrame:
         value: int,
         data: memoryview,
         sent: Callable[[], None] | None,
-        digest: Digest,
-        packer: Packer | None,
+        means: _Means,
     ) -> None:
         self._kind, self._epoch, self._value = kind, epoch, value
-        self._data, self._sent, self._digest, self._packer = data, sent, digest, packer
+        self._data, self._sent, self._means = data, sent, means
 
     def begin(self) -> Buffers:
-        self._digest.add_disk(self._value, self._data)
-        return _packed(self._packer, self._kind, self._epoch, self._value, self._data)
+        self._means.digest.add_disk(self._value, self._data)
+        return self._means.packed(self._kind, self._epoch, self._value, self._data)
 
     def sent(self) -> None:
         if self._sent is not None:
@@ -240,10 +246,13 @@ class Sender:
         codec: tuple[str, Codec] | None = None,
     ) -> None:
         self._link = link
-        self._packer = Packer(*codec, link.speed) if codec is not None else None
-        self._digest = Digest()
-        self._base = Base(page_count, delta_pages) if delta_pages else None
-        self._gate = Gate()
+        self._means = _Means(
+            Digest(),
+            Base(page_count, delta_pages) if delta_pages else None,
+            Gate(),
+            Packer(*codec, link.speed) if codec is not None else None,
+            link.speed,
+        )
         self._state = b""
         self._due: dict[int, _Due] = {}  # the I/O thread's
         self.hold = link.hold
@@ -254,54 +263,41 @@ class Sender:
     ) -> None:
         """See the interface."""
         if len(numbers):
-            self._link.send(self._frame(epoch, numbers, data, sent))
+            self._link.send(_PagesFrame(epoch, numbers, data, sent, self._means))
         elif sent is not None:
             sent()
-
-    def _frame(
-        self, epoch: int, numbers: PageNumbers, data: Pages, sent: Callable[[], None] | None
-    ) -> _PagesFrame:
-        digest, base, gate, packer = self._digest, self._base, self._gate, self._packer
-        speed = self._link.speed
-        return _PagesFrame(epoch, numbers, data, sent, digest, base, gate, packer, speed)
 
     @property
     def delta_bytes(self) -> int:
         """Memory that copies of pages take. Any thread."""
-        return self._base.backed_pages * PAGE_SIZE if self._base is not None else 0
+        base = self._means.base
+        return base.backed_pages * PAGE_SIZE if base is not None else 0
 
     @property
     def codec(self) -> dict[str, Any] | None:
         """For the status: the codec and what it makes of pages; None: there is none. Any thread."""
-        return self._packer.summary() if self._packer is not None else None
+        packer = self._means.packer
+        return packer.summary() if packer is not None else None
 
     def send_log(
         self, epoch: int, disk: int, part: memoryview, sent: Callable[[], None] | None
     ) -> None:
         """See the interface."""
-        self._send_disk(Type.LOG, epoch, disk_value(disk), part, sent)
+        self._link.send(_DiskFrame(Type.LOG, epoch, disk_value(disk), part, sent, self._means))
 
     def send_block(
         self, disk: int, offset: int, data: memoryview, sent: Callable[[], None] | None
     ) -> None:
         """See the interface."""
-        self._send_disk(Type.BLOCK, 1, disk_value(disk, offset), data, sent)
-
-    def _send_disk(
-        self,
-        kind: Type,
-        epoch: int,
-        value: int,
-        data: memoryview,
-        sent: Callable[[], None] | None,
-    ) -> None:
-        digest, packer = self._digest, self._packer
-        self._link.send(_DiskFrame(kind, epoch, value, data, sent, digest, packer))
+        value = disk_value(disk, offset)
+        self._link.send(_DiskFrame(Type.BLOCK, 1, value, data, sent, self._means))
 
     def send_commit(self, epoch: int, device_state: bytes) -> None:
         """See the interface."""
         self._link.send(
-            _CommitFrame(epoch, self._state, device_state, self._digest, self._due, self._link)
+            _CommitFrame(
+                epoch, self._state, device_state, self._means.digest, self._due, self._link
+            )
         )
         self._state = device_state
 

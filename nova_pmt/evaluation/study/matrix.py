@@ -237,7 +237,7 @@ class Study:
                 "memory_mib": self._options.memory_mib,
                 "peers": self._options.peers,
             },
-            "complete": (self._measured == len(self._options.places()) and not self.failures),
+            "complete": self._measured == len(self._options.places()) and not self.failures,
             "failures": self.failures,
             "figures": figures.summarise(self.rows),
         }

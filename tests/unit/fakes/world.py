@@ -338,13 +338,13 @@ class Sink(Sender):
         codec = rng.choice((None, packing.first_of(["zstd"]), packing.first_of(["lz4"])))
         super().__init__(link, page_count, pages, codec)  # type: ignore[arg-type]
         self.codec_used = codec[1] if codec is not None else None
-        if self._packer is not None:
+        if self._means.packer is not None:
             slow = Speed()
             slow.s_per_byte = 1e-7
             # A network on which it may pay; and levels that are as good as any other.
-            self._packer = packing.Packer("", _Moody(self.codec_used, rng), slow)
+            self._means.packer = packing.Packer("", _Moody(self.codec_used, rng), slow)
         if rng.random() < 0.5:
-            self._gate = FickleGate(rng)
+            self._means.gate = FickleGate(rng)
         self._faults = faults
         self._hold, self._go_on = link.hold, link.go_on
         self.hold, self.go_on = self._held, self._released

@@ -155,7 +155,7 @@ def test_pages_and_logs_that_repeat_are_sent_smaller() -> None:
 @pytest.mark.parametrize(("found", "s_per_byte"), [("n", GBIT), ("t", 1e-12)])
 def test_where_it_does_not_pay_nothing_is_compressed(found: str, s_per_byte: float) -> None:
     pair = Pair(s_per_byte=s_per_byte)
-    pair.sender._packer._choices[Type.PAGES] = slow = Slow()  # type: ignore[union-attr]
+    pair.sender._means.packer._choices[Type.PAGES] = slow = Slow()  # type: ignore[union-attr]
     slow.pays = s_per_byte == GBIT
     for _ in range(20):
         frames = pair.checkpoint(np.arange(256), pages_of(found * 256, pair.epoch))
