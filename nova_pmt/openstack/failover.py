@@ -43,6 +43,8 @@ LOG = log.getLogger(__name__)
 
 #: An evacuation to where the guest runs already takes seconds; after so long nobody is at it.
 EVACUATES_S = 120.0
+#: Nova ends an evacuation's task first, and writes the new host some 0.1 s later.
+_WRITES_S = 5.0
 
 STEPS = ("rebind", "force_down", "free", "evacuate", "await", "delete")
 
@@ -76,8 +78,9 @@ class Failover:
         self._cloud = cloud
         self._notes = notes
         self._clock = clock
-        #: Since when Nova is seen to be at an evacuation.
+        #: Since when Nova is seen to be at an evacuation, or to have ended it elsewhere.
         self._evacuating: dict[tuple[str, int], float] = {}
+        self._ended: dict[tuple[str, int], float] = {}
         self._steps: Mapping[str, Callable[[Note], str]] = {
             "rebind": self._rebind,
             "force_down": self._force_down,
@@ -157,11 +160,16 @@ class Failover:
             )
         self._evacuating.pop(key, None)
         if server.host != note.target:
+            now = self._clock()
+            if server.status != "ERROR" and now - self._ended.setdefault(key, now) < _WRITES_S:
+                return "await"
+            self._ended.pop(key, None)
             # No room, as a rule: Nova puts the record into ERROR, and the server runs all the same.
             raise exception.NovaRefused(
                 f"Nova has not taken over that {note.uuid} runs on {note.target}: "
                 f"it is {server.status} on {server.host}. {server.fault}".strip()
             )
+        self._ended.pop(key, None)
         if server.status == "ERROR":
             self._cloud.reset_active(note.uuid)  # its compute service was restarted in the middle
         faultpoint.reach("nova.await")

@@ -192,6 +192,26 @@ def test_an_evacuation_that_nobody_goes_on_with_is_asked_for_again(world: World)
     world.demand_protected()
 
 
+def test_nova_ends_its_task_before_it_writes_the_new_host(world: World) -> None:
+    cloud, evacuate, asked = world.cloud, world.cloud.evacuate, []
+
+    def slowly(uuid: str, host: str) -> None:
+        evacuate(uuid, host)
+        cloud.change(host="a")
+        asked.append(host)
+
+    cloud.evacuate = slowly
+    assert cloud.fail_over()
+    world.go_on(3)
+    note = world.notes.note(UUID)
+    assert note is not None
+    assert (note.step, note.attempts) == ("await", 0)
+    cloud.change(host="b")
+    world.go_on(60)
+    world.demand_protected()
+    assert asked == ["b"]
+
+
 def test_a_host_that_is_forced_down_anew_is_not_forgotten(world: World) -> None:
     """A failover begins while its host is let up after the one before."""
     cloud = world.cloud
