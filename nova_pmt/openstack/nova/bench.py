@@ -164,6 +164,7 @@ class Cloud:
         with nova_context.target_cell(self._context, cell) as context:
             instance._context = context
             instance.create()
+        self._spec(instance.uuid, self._flavor).create()
         return str(instance.uuid)
 
     def _being_made(self) -> str:

@@ -23,6 +23,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -47,6 +48,9 @@ LOG = log.getLogger(__name__)
 OVERHEAD_MIB = 192
 
 _NO_AGENT = "it has no nova-pmt-agent that is alive"
+
+_NAMES = (AGENT, BACKING_FREE_MIB, CPU_MODEL, MACHINE_TYPES)
+_TELLS = operator.itemgetter(*_NAMES)
 
 Reason = str
 Stats = Mapping[str, Any]
@@ -145,28 +149,31 @@ class PMTStandbyFilter(filters.BaseHostFilter):
         cpu_model = (lookup.host_stats(server) if own is None else own).get(CPU_MODEL) or ""
         needed_mib = spec.flavor.memory_mb + OVERHEAD_MIB
         bounds = lookup.bounds(uuid, server)
+        bound = bool(bounds.zone or bounds.taken)
         own_cell = getattr(server.cell, "uuid", None)
         told = _Rejections(f"standby of {uuid}")
-        # Most hosts tell the same.
-        known: dict[tuple[Any, Any], Reason] = {}
+        # With a thousand hosts each call counts, and most of them tell the same.
+        known: dict[tuple[Any, ...], Reason] = {}
         passing = []
         for host in hosts:
             stats = host.stats or _NOTHING
+            try:
+                why = known[_TELLS(stats)]
+            except KeyError:
+                why = capable(stats, needed_mib)
+                why = why or compatible(stats, cpu_model, server.machine_type)
+                if all(name in stats for name in _NAMES):
+                    known[_TELLS(stats)] = why
             if host.host == server.host:
                 why = "the server itself runs there"
             elif own_cell is not None and host.cell_uuid not in (None, own_cell):
                 why = "it is in another cell than the server"
-            else:
-                why = _out_of_bounds(host, bounds) or capable(stats, needed_mib)
+            elif bound:
+                why = _out_of_bounds(host, bounds) or why
             if not why:
-                kind = (stats.get(CPU_MODEL), stats.get(MACHINE_TYPES))
-                if kind not in known:
-                    known[kind] = compatible(stats, cpu_model, server.machine_type)
-                why = known[kind]
-            if why:
-                told.add(host, why)
-            else:
                 passing.append(host)
+            elif told.heard:
+                told.add(host, why)
         return passing
 
     # -- a server that may be protected ---------------------------------------------------
@@ -254,10 +261,10 @@ class _Rejections:
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._heard = LOG.isEnabledFor(logging.DEBUG)
+        self.heard = LOG.isEnabledFor(logging.DEBUG)
 
     def add(self, host: Any, why: Reason) -> None:
-        if self._heard:
+        if self.heard:
             LOG.debug("%s: not %s: %s", self._what, host.host, why)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,8 +141,10 @@ def bounds(uuid: str, server: Server) -> Bounds:
     """What Nova will hold an evacuation of a server to, as its request is kept."""
     with api_database.get_engine().connect() as connection:
         row = connection.execute(_REQUEST_SPEC, {"uuid": uuid}).first()
-        others = connection.execute(_APART_FROM, {"uuid": uuid}).scalars().all()
-    spec = {} if row is None else json.loads(row.spec)["nova_object.data"]
+        spec = {} if row is None else json.loads(row.spec)["nova_object.data"]
+        others: Sequence[str] = ()
+        if row is None or spec.get("instance_group"):  # servers join a group when they are made
+            others = connection.execute(_APART_FROM, {"uuid": uuid}).scalars().all()
     taken: frozenset[str] = frozenset()
     if others:
         with _connection(server.cell) as connection:
