@@ -29,7 +29,7 @@ from nova_pmt.lab import libvirtd, paths
 OWN = (
     *libvirtd.DIRECTORIES,
     *("/etc/nova_pmt", "/var/lib/nova_pmt", "/var/log/nova_pmt"),
-    *("/etc/nova", "/var/lib/nova"),
+    *("/etc/nova", "/var/lib/nova", "/etc/ssh"),
 )
 #: One directory that all hosts of the lab share, as if it were on NFS.
 SHARED = "/srv/nova_pmt"

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 #: For one test; two cores are the whole data centre, and others may use them, too.
 LIMIT_S = 1800
+#: A host on which nothing is put, unless a test asks for it.
+SPARE = "compute3"
 LOGS = Path("build/test/openstack-logs")
 
 
@@ -51,9 +53,12 @@ def cloud() -> Iterator[Cloud]:
     from nova_pmt.lab import Lab
     from nova_pmt.lab.openstack import Cloud
 
-    with Lab(computes=2) as lab:
+    with Lab(computes=3) as lab:
         try:
             with Cloud(lab, say=print) as running:
+                compute = running.admin.compute
+                (service,) = compute.services(binary="nova-compute", host=SPARE)
+                compute.disable_service(service)
                 yield running
         finally:
             # They go with the lab, and a failure has to be understood.

@@ -95,6 +95,30 @@ class Protected:
             self.uuid, lambda pair: pair.state == "unprotected", "unprotected", STEP_S
         )
 
+    def wait_without_standby(self) -> None:
+        """Until it has no standby server either."""
+        deadline = time.monotonic() + STEP_S
+        while self.standbys():
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+    def wait_task_over(self, uuid: str) -> None:
+        """Until Nova has begun what it was asked for with a server, and is at nothing any more."""
+        time.sleep(2)
+        deadline = time.monotonic() + STEP_S
+        while self.cloud.ask_server(uuid, STEP_S).task_state:
+            assert time.monotonic() < deadline
+            time.sleep(0.25)
+
+    def stays_protected(self, generation: int) -> None:
+        """It is, with the protection that it had, for as long as managers take to think of it."""
+        for _ in range(6):
+            time.sleep(1)
+            pair = self.cloud.pmt.pair(self.uuid)
+            assert pair is not None
+            assert (pair.state, pair.generation) == ("protected", generation)
+        assert len(self.standbys()) == 1
+
     def standbys(self) -> list[Any]:
         """Its standby servers in Nova."""
         servers = self.cloud.admin.compute.servers(all_projects=True)

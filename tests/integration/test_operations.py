@@ -14,15 +14,37 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from nova_pmt.lab.openstack.talker import Talker
+from tests.integration.conftest import SPARE
 from tests.integration.protected import Protected
 
 if TYPE_CHECKING:
     from nova_pmt.lab.openstack import Cloud
+
+
+@pytest.fixture
+def larger(cloud: Cloud) -> Iterator[str]:
+    """Id of a flavor with more memory."""
+    compute = cloud.admin.compute
+    flavor = compute.create_flavor(name="ft-larger", ram=160, vcpus=1, disk=1)
+    compute.create_flavor_extra_specs(flavor, {"ft:mode": "allowed"})
+    yield flavor.id
+    compute.delete_flavor(flavor)  # (servers keep a copy of theirs)
+
+
+@pytest.fixture
+def spare(cloud: Cloud) -> Iterator[str]:
+    """A third host, which takes part only here."""
+    compute = cloud.admin.compute
+    (service,) = compute.services(binary="nova-compute", host=SPARE)
+    compute.enable_service(service)
+    yield SPARE
+    compute.disable_service(service)
 
 
 def test_protected_by_its_property(web: Protected) -> None:
@@ -118,10 +140,7 @@ def test_property_is_taken_away_and_set(web: Protected) -> None:
     compute = web.cloud.demo.compute
     compute.delete_server_metadata(web.uuid, ["ft"])
     web.wait_unprotected()
-    deadline = time.monotonic() + 300
-    while web.standbys():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    web.wait_without_standby()
     compute.set_server_metadata(web.uuid, ft="pmt")
     web.wait_protected_anew(before)
     assert web.guest().boot_id() == boot
@@ -153,6 +172,137 @@ def test_shelve_and_unshelve(web: Protected) -> None:
         time.sleep(0.5)
     web.act("unshelve_server")
     web.wait_protected_anew(before)
+
+
+def test_rescue_and_unrescue(web: Protected) -> None:
+    before = web.generation()
+    web.act("rescue_server")
+    web.wait("RESCUE")
+    web.wait_without_standby()
+    web.act("unrescue_server")
+    web.wait_protected_anew(before)
+
+
+def test_resize_and_revert_and_confirm(web: Protected, larger: str) -> None:
+    host, flavor, before = web.wait().compute_host, web.standbys()[0].flavor.id, web.generation()
+    web.act("resize_server", larger)
+    assert web.wait("VERIFY_RESIZE").compute_host != host
+    web.wait_without_standby()
+    web.act("revert_server_resize")
+    web.wait_protected_anew(before)
+    assert web.wait().compute_host == host
+    assert [standby.flavor.id for standby in web.standbys()] == [flavor]
+    before = web.generation()
+    web.act("resize_server", larger)
+    moved = web.wait("VERIFY_RESIZE").compute_host
+    web.act("confirm_server_resize")
+    web.wait_protected_anew(before)
+    assert web.wait().compute_host == moved != host
+    assert [standby.flavor.name for standby in web.standbys()] == ["ft-larger"]
+    assert web.running() == [moved]
+
+
+def test_cold_migration(web: Protected) -> None:
+    """To the one other host: that of its standby, which moves."""
+    host, before = web.wait().compute_host, web.generation()
+    web.cloud.admin.compute.migrate_server(web.uuid)
+    moved = web.wait("VERIFY_RESIZE").compute_host
+    web.act("confirm_server_resize")
+    web.wait_protected_anew(before)
+    assert web.wait().compute_host == moved != host
+    assert [standby.compute_host for standby in web.standbys()] == [host]
+    assert web.running() == [moved]
+
+
+def test_live_migration(web: Protected, spare: str) -> None:
+    """To a host without its standby: the guest lives on, and is protected again."""
+    boot, before = web.guest().boot_id(), web.generation()
+    with Talker(web.guest()) as talker:
+        web.cloud.admin.compute.live_migrate_server(web.uuid, host=spare, block_migration="auto")
+        web.wait_on(spare)
+        web.wait_protected_anew(before)
+        talker.finish()
+    assert web.guest().boot_id() == boot
+    assert web.running() == [spare]
+    # Back, for the tests that follow: its standby has the one host that it may not go to.
+    before, away = web.generation(), web.standbys()[0].compute_host
+    (back,) = {host.name for host in web.cloud.lab.computes} - {spare, away}
+    web.cloud.admin.compute.live_migrate_server(web.uuid, host=back, block_migration="auto")
+    web.wait_on(back)
+    web.wait_protected_anew(before)
+    assert web.guest().boot_id() == boot
+
+
+def test_what_is_nothing_to_protection(web: Protected) -> None:
+    before, compute = web.generation(), web.cloud.demo.compute
+    compute.update_server(web.uuid, name="renamed")
+    compute.add_tag_to_server(web.uuid, "tagged")
+    compute.set_server_metadata(web.uuid, purpose="test")
+    web.act("lock_server")
+    web.act("unlock_server")
+    web.cloud.admin.compute.trigger_server_crash_dump(web.uuid)
+    web.stays_protected(before)
+
+
+def test_reset_state(web: Protected) -> None:
+    before = web.generation()
+    for state in ("error", "active"):
+        web.cloud.admin.compute.reset_server_state(web.uuid, state)
+        web.wait(state.upper())
+        web.stays_protected(before)
+
+
+def test_a_standby_server_is_left_as_it_is(web: Protected) -> None:
+    before, (standby,) = web.generation(), web.standbys()
+    compute = web.cloud.admin.compute
+    for action in ("stop_server", "pause_server", "rescue_server", "migrate_server"):
+        getattr(compute, action)(standby.id)
+        web.wait_task_over(standby.id)
+        web.stays_protected(before)
+    events = [event for action in compute.server_actions(standby.id) for event in _events(action)]
+    told = " ".join(str(event.get("details") or event.get("traceback")) for event in events)
+    assert f"stands by for {web.uuid}" in told
+
+
+def _events(action: Any) -> list[dict[str, Any]]:
+    return list(action.events or [])
+
+
+def test_host_is_disabled(web: Protected) -> None:
+    """Pairs stay; no new standby comes there. (And who deletes a standby gets another.)"""
+    before, (standby,) = web.generation(), web.standbys()
+    compute = web.cloud.admin.compute
+    (service,) = compute.services(binary="nova-compute", host=standby.compute_host)
+    compute.disable_service(service)
+    try:
+        web.stays_protected(before)
+        compute.delete_server(standby.id)
+        web.wait_unprotected()
+        time.sleep(10)
+        assert web.generation() == before
+        assert [one for one in web.standbys() if one.status == "ACTIVE"] == []
+    finally:
+        compute.enable_service(service)
+    web.wait_protected_anew(before)
+
+
+def test_host_that_lives_is_forced_down(web: Protected) -> None:
+    """By an operator, who then evacuates: no second copy."""
+    boot, before = web.guest().boot_id(), web.generation()
+    compute, host = web.cloud.admin.compute, web.wait().compute_host
+    (service,) = compute.services(binary="nova-compute", host=host)
+    compute.update_service_forced_down(service, forced=True)
+    try:
+        web.stays_protected(before)
+        compute.evacuate_server(web.uuid, host=web.standbys()[0].compute_host)
+        web.wait_task_over(web.uuid)
+        assert web.wait(host=host).status == "ACTIVE"
+        web.stays_protected(before)
+    finally:
+        compute.update_service_forced_down(service, forced=False)
+    web.cloud.wait_computes(web.cloud.lab.computes)
+    assert web.guest().boot_id() == boot
+    assert web.running() == [host]
 
 
 def test_live_migration_is_refused(web: Protected) -> None:

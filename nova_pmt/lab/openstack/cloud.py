@@ -30,7 +30,7 @@ from nova_pmt.lab.domain import QUICK, GuestSpec, Workload
 from nova_pmt.lab.host import LabHost
 from nova_pmt.lab.lab import Lab
 from nova_pmt.lab.lab_guest import LabGuest
-from nova_pmt.lab.openstack import node, product, settings
+from nova_pmt.lab.openstack import node, product, settings, ssh
 from nova_pmt.lab.openstack.control import Control, wait_all, wait_for
 from nova_pmt.lab.openstack.product import Product
 from nova_pmt.lab.openstack.settings import Account
@@ -129,8 +129,10 @@ class Cloud:
         self._say("MariaDB runs")
         with ThreadPoolExecutor(2 + len(computes), thread_name_prefix="cloud") as pool:
             network_parts = [pool.submit(control.start_ovn)]
+            ssh.configure(computes)
             for host in computes:
                 node.configure(host, self._nova[host.name])
+                ssh.start(host)
                 network_parts.append(pool.submit(node.start_network, host))
             control.make_schemas()
             cells = pool.submit(control.make_cells)
@@ -165,6 +167,7 @@ class Cloud:
     def power_on(self, host: LabHost) -> None:
         """Start a host that was powered off, with all the cloud's services; does not wait."""
         host.power_on()
+        ssh.start(host)
         node.start_network(host)
         self.start_compute(host)
         if self._product is not None:

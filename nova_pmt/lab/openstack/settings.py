@@ -249,6 +249,7 @@ def nova(host: LabHost, account: Account, transport_url: str) -> Settings:
             "mem_stats_period_seconds": 0,
             "wait_soft_reboot_seconds": 5,
             "tb_cache_size": 16,
+            "live_migration_scheme": "ssh",
         },
         "compute": {"consecutive_build_service_disable_threshold": 0, "shutdown_retry_interval": 2},
         "os_vif_ovs": {"ovsdb_connection": "tcp:127.0.0.1:6640"},
