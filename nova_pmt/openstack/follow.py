@@ -262,8 +262,6 @@ class Follower:
             for _ in range(_STEPS_IN_A_TURN):
                 facts = self._facts(note)
                 step = decide(facts)
-                if step.action not in _QUIET:
-                    LOG.info("%s: %s %s", uuid, step.action, step.reason)
                 note, goes_on = self._act(note, step, facts)
                 if not goes_on:
                     break
@@ -355,6 +353,7 @@ class Follower:
             return note, False
         if step.action in ("create", "protect", "move") and self._too_soon(note.uuid, facts):
             return note, False
+        LOG.info("%s: %s %s", note.uuid, step.action, step.reason)
         note = self._renew(note)
         if step.action == "failover":
             return self._fail_over(note)
@@ -422,6 +421,9 @@ class Follower:
         if not server.image:
             raise exception.SharedStorage(f"server {server.uuid} was made from a volume")
         refusals = self._agents.check(server.host, server.uuid)["refusals"]
+        # (Its agent protects it again by itself, when somebody deleted the standby server: in vain,
+        # as long as there is none.)
+        refusals = [one for one in refusals if one["code"] != exception.AlreadyProtected.code]
         if refusals:
             raise exception.from_dict(refusals[0])
 

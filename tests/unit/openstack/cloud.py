@@ -21,6 +21,7 @@ from typing import Any
 
 from nova_pmt import exception
 from nova_pmt.arbiter.base import Arrangement
+from nova_pmt.manager import states
 from nova_pmt.manager.db.api import Database
 from nova_pmt.openstack import policy
 from nova_pmt.openstack.clients import Server, Service
@@ -234,7 +235,11 @@ class Cloud:
     # -- agents ---------------------------------------------------------------------------
 
     def check(self, host: str, domain: str, standby_host: str | None = None) -> dict[str, Any]:
-        return {"refusals": [refusal.to_dict() for refusal in self.refusals]}
+        refusals = list(self.refusals)
+        pair = self.database.pair(domain)
+        if pair is not None and pair.state in states.OPEN:
+            refusals.append(exception.AlreadyProtected(f"it is {pair.state}"))
+        return {"refusals": [refusal.to_dict() for refusal in refusals]}
 
     def protect(
         self,

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from nova_pmt import exception
+from nova_pmt.manager import states
 from nova_pmt.manager.db.api import PairRow
 from nova_pmt.manager.db.engine import Engine
 from nova_pmt.openstack import policy
@@ -189,6 +190,18 @@ def test_an_evacuation_that_nobody_goes_on_with_is_asked_for_again(world: World)
     world.go_on(EVACUATES_S - 20)
     assert world.cloud.servers_[UUID].task_state == "rebuilding"
     world.go_on(300)
+    world.demand_protected()
+
+
+def test_a_standby_server_that_somebody_deleted_is_made_again(world: World) -> None:
+    """Meanwhile the agent of its server is at it, and so says that it is in a pair already."""
+    (deleted,) = world.cloud.standbys(UUID)
+    world.cloud.delete(deleted.uuid)
+    assert pair(world).state in states.OPEN
+    world.follower.touch(UUID)
+    world.go_on(30)
+    (made,) = world.cloud.standbys(UUID)
+    assert made.uuid != deleted.uuid
     world.demand_protected()
 
 
