@@ -23,6 +23,7 @@ from unittest import mock
 
 import nova.conf
 from nova import exception as nova_exception
+from nova.tests import fixtures as nova_fixtures
 
 from nova_pmt import exception
 from nova_pmt.openstack import policy
@@ -134,6 +135,27 @@ class ServersTest(Cloud):
         self._delete_server(standby)
         assert self.driver("a").list_instance_uuids() == []
         assert self.driver("b").list_instance_uuids() == []
+
+    def test_a_protected_server_is_unprotected_before_it_is_given_a_volume(self) -> None:
+        cinder = self.useFixture(nova_fixtures.CinderFixture(self))
+        server, standby, _ = self.pair()
+        order = []
+
+        def attach(*args: Any, **kwargs: Any) -> None:
+            order.append(("attach", list(self.agents.calls)))
+
+        volume = cinder.IMAGE_BACKED_VOL
+        with mock.patch.object(LibvirtDriver, "attach_volume", attach):
+            self.api.post_server_volume(server["id"], {"volumeAttachment": {"volumeId": volume}})
+            self._wait_for_volume_attach(server["id"], volume)
+        assert order == [("attach", [("unprotect", "a", server["id"])])]
+        assert self.status(server) == ("ACTIVE", "a")
+        # A standby server gets none.
+        self.api.post_server_volume(
+            standby["id"], {"volumeAttachment": {"volumeId": cinder.SWAP_OLD_VOL}}
+        )
+        self._wait_until_fault(standby, "cannot be given a volume")
+        assert self.status(standby) == ("ACTIVE", "b")
 
     def test_protection_that_does_not_end_keeps_the_server_running(self) -> None:
         server, _, _ = self.pair()

@@ -251,6 +251,8 @@ def nova(host: LabHost, account: Account, transport_url: str) -> Settings:
             "tb_cache_size": 16,
             "live_migration_scheme": "ssh",
         },
+        # Else Nova takes a kernel for a disk image when it migrates a server that has one.
+        "workarounds": {"disable_deep_image_inspection": True},
         "compute": {"consecutive_build_service_disable_threshold": 0, "shutdown_retry_interval": 2},
         "os_vif_ovs": {"ovsdb_connection": "tcp:127.0.0.1:6640"},
         "nova_sys_admin": privsep,
