@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -141,8 +143,12 @@ class Protection:
     :ivar primary_pid: of its worker; also ``standby_pid``.
     """
 
-    def __init__(self, primary: _Side, standby: _Side) -> None:
+    def __init__(
+        self, guest: LabGuest, primary: _Side, standby: _Side, standby_host: LabHost
+    ) -> None:
+        self._guest, self._standby_host = guest, standby_host
         self._primary, self._standby = primary, standby
+        self._over = False
         self.primary_pid, self.standby_pid = primary.pid, standby.pid
 
     def stats(self) -> dict[str, Any]:
@@ -152,14 +158,31 @@ class Protection:
         """
         return self._primary.fresh_stats()
 
-    def end(self) -> None:
-        """Unprotect the guest.
+    def fail_over(self) -> tuple[LabGuest, float]:
+        """Let the guest's QEMU die: the guest where it goes on, and how long that took (ms, from
+        when the standby's worker knew). Protection is over then.
 
-        :raises LabError: protection had ended before, or has not ended in time.
+        :raises LabError: protection had ended before, or the standby does not go on.
         """
+        self._demand_going_on()
+        pid, self._over = self._guest.pid, True
+        os.kill(pid, signal.SIGKILL)
+        details = self._standby.wait("state", "standby_active", END_S)
+        return self._guest.on(self._standby_host), float(details["failover_ms"])
+
+    def _demand_going_on(self) -> None:
         failure = self._primary.failure()
         if failure:
             raise LabError(f"protection ended before it was told to: {failure}")
+
+    def end(self) -> None:
+        """Unprotect the guest, unless it failed over.
+
+        :raises LabError: protection had ended before, or has not ended in time.
+        """
+        if self._over:
+            return
+        self._demand_going_on()
         self._primary.worker.command("unprotect")
         self._primary.wait("state", "unprotected", END_S)
 
@@ -217,6 +240,6 @@ def protect(
         running = _Side(guest.host, spec, primary_env)
         stack.callback(running.worker.stop, END_S)
         running.wait("state", "protected", SYNC_S)
-        protection = Protection(running, waiting)
+        protection = Protection(guest, running, waiting, standby)
         yield protection
         protection.end()

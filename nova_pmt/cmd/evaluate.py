@@ -113,6 +113,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="do not measure what live migration, snapshots and the like stop the guest for",
     )
     run.add_argument(
+        "--no-plain",
+        dest="plain",
+        action="store_false",
+        default=None,
+        help="do not measure PMT without codecs as well (at 1 Gbit/s)",
+    )
+    run.add_argument(
+        "--no-failovers",
+        dest="failovers",
+        action="store_false",
+        default=None,
+        help="do not let QEMU die at the end of each measurement (on the first link)",
+    )
+    run.add_argument(
         "--directory", type=Path, default=Path("build/eval"), help="for the results (build/eval)"
     )
     made = commands.add_parser(

@@ -24,7 +24,7 @@ import pytest
 
 from nova_pmt.cmd import evaluate
 from nova_pmt.evaluation.study import matrix, peers
-from nova_pmt.evaluation.study.cell import UNPROTECTED
+from nova_pmt.evaluation.study.cell import PLAIN, UNPROTECTED
 from nova_pmt.evaluation.study.figures import Table
 from nova_pmt.evaluation.study.matrix import QUICK
 
@@ -37,12 +37,16 @@ def test_the_quick_evaluation_measures_all(tmp_path: Path) -> None:
     rows = matrix.read(tmp_path / "rows.csv")
     assert summary["complete"]
     plain = [row for row in rows if row["strategy"] not in peers.NAMES]
-    assert len(plain) == len(QUICK.scenarios) * (1 + len(QUICK.strategies))
+    assert len(plain) == len(QUICK.scenarios) * (2 + len(QUICK.strategies))
     table, link = Table(summary["figures"]), QUICK.links_mbit[0]
     for scenario in QUICK.scenarios:
         assert table.mean(scenario, UNPROTECTED, link, "pause_p50_ms") is None
         for strategy in QUICK.strategies:
             assert table.mean(scenario, strategy, link, "mbit_per_s") is not None
+            # A client waits for all that the standby does, and for its own TCP.
+            waited = table.mean(scenario, strategy, link, "failover_ms")
+            assert waited is not None
+            assert waited >= (table.mean(scenario, strategy, link, "activation_ms") or 0)
             if scenario != "idle":
                 share = table.mean(scenario, strategy, link, "throughput_ratio")
                 assert share is not None
@@ -52,6 +56,9 @@ def test_the_quick_evaluation_measures_all(tmp_path: Path) -> None:
         # Copying everything takes longer than copying what a checkpoint has.
         everything = table.mean(scenario, "stop-and-copy", link, "pause_p50_ms") or 0
         assert everything > (table.mean(scenario, "memcpy", link, "pause_p50_ms") or 0)
+    # Without codecs all that was written is sent.
+    assert (table.mean("web", PLAIN, link, "sent_per_dirty_byte") or 0) >= 1
+    assert (table.mean("web", "pmt", link, "sent_per_dirty_byte") or 2) < 1
     # Rounds are what a strategy decides: an interval, output, or neither.
     assert (table.mean("idle", "kemari", link, "rounds_per_s") or 0) < (
         table.mean("idle", "pmt", link, "rounds_per_s") or 0

@@ -33,13 +33,14 @@ from nova_pmt import exception
 from nova_pmt.bench.output import fill
 from nova_pmt.bench.report import Report
 from nova_pmt.evaluation.study import figures, peers
-from nova_pmt.evaluation.study.cell import UNPROTECTED, Place, measure
+from nova_pmt.evaluation.study.cell import PLAIN, UNPROTECTED, Place, measure
+from nova_pmt.evaluation.study.findings import GIGABIT
 from nova_pmt.evaluation.study.peers import PEERS
 from nova_pmt.evaluation.study.scenarios import SCENARIOS, Scenario, named
 from nova_pmt.lab import Disk, GuestSpec, Lab, LabGuest, Workload, deployment
 
 STRATEGIES = ("pmt", "kemari", "auto")
-LINKS_MBIT = (100, 1000, 0)
+LINKS_MBIT = (100, GIGABIT, 0)
 _IMAGES = "/var/lib/libvirt/images"
 DISK_MIB = 256
 #: Columns of rows.csv; others of a row are lists.
@@ -49,7 +50,7 @@ COLUMNS = (
     "paused_share", "output_delay_p50_ms", "output_delay_p99_ms", "commit_p50_ms",
     "rounds", "pages_per_round", "mbit_per_s", "kib_per_work", "sent_per_dirty_byte",
     "throttled_rounds", "dropped_packets", "cpu_s_per_gib", "cores", "cache_peak_mib",
-    "standby_mib",
+    "standby_mib", "failover_ms", "activation_ms",
 )  # fmt: skip
 
 
@@ -64,6 +65,9 @@ class Options:
     :param seed: of the order of strategies.
     :param peers: measure what others stop the same guest for; on the first link, since they use
         none.
+    :param failovers: let the guest's QEMU die after each measurement; on the first link, since
+        nothing is sent then.
+    :param plain: measure PMT without codecs and deltas as well; at 1 Gbit/s.
     """
 
     scenarios: Sequence[str] = tuple(scenario.name for scenario in SCENARIOS)
@@ -76,6 +80,8 @@ class Options:
     seed: int = 1
     memory_mib: int = 256
     peers: bool = True
+    failovers: bool = True
+    plain: bool = True
 
     def places(self) -> list[Place]:
         """All combinations in the order in which they are measured: what is compared with each
@@ -86,6 +92,8 @@ class Options:
             for link in self.links_mbit:
                 for scenario in named(self.scenarios):
                     strategies = [UNPROTECTED, *self.strategies]
+                    if self.plain and link == GIGABIT:
+                        strategies.append(PLAIN)
                     draw.shuffle(strategies)
                     if self.peers and link == self.links_mbit[0]:
                         strategies.append(PEERS)  # when it is known what checkpoints have
@@ -156,13 +164,15 @@ class Study:
             for failure in failures:
                 self._fail(failure)
             return rows
-        row = measure(
+        (standby,) = (host for host in lab.computes if host is not guest.host)
+        row, self._guest = measure(
             place,
             guest,
-            lab.computes[1],
+            standby,
             seconds=options.seconds,
             interval_ms=options.interval_ms,
             epoch_limit_ms=options.epoch_limit_ms,
+            fail_over=options.failovers and place.link_mbit == options.links_mbit[0],
         )
         return [row]
 
@@ -197,8 +207,11 @@ class Study:
     def _end(self) -> None:
         """The next place gets another guest."""
         guest, self._guest, self._scenario = self._guest, None, None
-        if guest is not None:
-            guest.destroy()
+        if guest is None:
+            return
+        for host in guest.host.lab.computes:  # a failover leaves a domain that is off
+            with contextlib.suppress(exception.PmtError, libvirt.libvirtError):
+                guest.on(host).destroy()
 
     def _boot(self, lab: Lab) -> LabGuest:
         disks = (
@@ -236,6 +249,8 @@ class Study:
                 "seed": self._options.seed,
                 "memory_mib": self._options.memory_mib,
                 "peers": self._options.peers,
+                "failovers": self._options.failovers,
+                "plain": self._options.plain,
             },
             "complete": self._measured == len(self._options.places()) and not self.failures,
             "failures": self.failures,

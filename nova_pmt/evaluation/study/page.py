@@ -42,6 +42,7 @@ _COLUMNS = (
     ("rounds_per_s", "rounds/s"),
     ("pages_per_round", "pages a round"),
     ("rounds", "rounds"),
+    ("commit_p50_ms", "commit p50 ms"),
     ("throttled_rounds", "throttled"),
     ("dropped_packets", "dropped"),
     ("mbit_per_s", "sent Mbit/s"),
@@ -50,6 +51,8 @@ _COLUMNS = (
     ("cpu_s_per_gib", "CPU s/GiB"),
     ("cache_peak_mib", "cache MiB"),
     ("standby_mib", "standby worker MiB"),
+    ("failover_ms", "failover: client waits ms"),
+    ("activation_ms", "standby takes ms"),
 )
 
 
@@ -112,7 +115,8 @@ def _figures(table: Table, link: int) -> str:
     for scenario in table.scenarios:
         for strategy in table.strategies:
             cells = [_cell(table.entry(scenario, strategy, link, name)) for name, _ in _COLUMNS]
-            rows.append((scenario, strategy, *cells))
+            if any(cells):
+                rows.append((scenario, strategy, *cells))
     return _table(("scenario", "strategy", *(head for _, head in _COLUMNS)), rows)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nova_pmt.bench import pictures
+from nova_pmt.evaluation.study.cell import PLAIN
 from nova_pmt.evaluation.study.figures import Table
 from nova_pmt.evaluation.study.findings import link_name
 
@@ -30,7 +31,7 @@ PLOTS = (
     ("throughput_ratio", "throughput, of unprotected", False),
     ("paused_share", "share of time paused", False),
 )
-_COLOURS = {"pmt": "#1b6ca8", "kemari": "#c8553d", "auto": "#4c956c"}
+_COLOURS = {"pmt": "#1b6ca8", "kemari": "#c8553d", "auto": "#4c956c", PLAIN: "#9fb8cc"}
 
 
 def draw(table: Table, directory: Path) -> list[Path]:

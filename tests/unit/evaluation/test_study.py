@@ -36,6 +36,7 @@ from nova_pmt.evaluation.study import (
     plots,
     scenarios,
 )
+from nova_pmt.evaluation.study.cell import PLAIN
 from nova_pmt.evaluation.study.figures import Table
 from nova_pmt.evaluation.study.findings import findings, link_name
 from nova_pmt.evaluation.study.matrix import Options, Study
@@ -154,6 +155,16 @@ def test_half_of_the_database_is_asked_for_on_each_link() -> None:
     assert sorted(found.values()) == [False, True]
 
 
+@pytest.mark.parametrize(("sent", "commit", "holds"), [(0.35, 4.0, True), (0.36, 4.1, False)])
+def test_codecs_are_to_pay(sent: float, commit: float, holds: bool) -> None:
+    found = table(
+        row("web", "pmt", sent_per_dirty_byte=sent, commit_p50_ms=commit),
+        row("web", PLAIN, sent_per_dirty_byte=1.0, commit_p50_ms=4.0),
+    )
+    assert verdict(found, "bytes for a dirty byte") is holds
+    assert verdict(found, "commits take no longer") is holds
+
+
 def test_links_have_names() -> None:
     assert [link_name(mbit) for mbit in (100, 1000, 2500, 0)] == [
         "100 Mbit/s", "1 Gbit/s", "2500 Mbit/s", "no limit",
@@ -173,6 +184,12 @@ def test_what_is_compared_is_measured_one_after_the_other() -> None:
     ]
     assert len({place[1] for place in places[::4]}) > 1, "one strategy is always the first"
     assert len(places) == len(set(places)) == 2 * 2 * 2 * 4
+
+
+def test_pmt_without_codecs_is_measured_where_it_is_compared() -> None:
+    options = Options(scenarios=("web",), links_mbit=(100, 1000), repeats=1, peers=False)
+    places = [place.facts() for place in options.places()]
+    assert [one["link_mbit"] for one in places if one["strategy"] == PLAIN] == [1000]
 
 
 def test_peers_are_measured_once_for_each_scenario_when_pmt_was() -> None:
