@@ -147,14 +147,19 @@ class ServersTest(Cloud):
         volume = cinder.IMAGE_BACKED_VOL
         with mock.patch.object(LibvirtDriver, "attach_volume", attach):
             self.api.post_server_volume(server["id"], {"volumeAttachment": {"volumeId": volume}})
-            self._wait_for_volume_attach(server["id"], volume)
+            self._wait_for_instance_action_event(
+                server, "attach_volume", "compute_attach_volume", "success"
+            )
         assert order == [("attach", [("unprotect", "a", server["id"])])]
         assert self.status(server) == ("ACTIVE", "a")
         # A standby server gets none.
         self.api.post_server_volume(
             standby["id"], {"volumeAttachment": {"volumeId": cinder.SWAP_OLD_VOL}}
         )
-        self._wait_until_fault(standby, "cannot be given a volume")
+        event = self._wait_for_instance_action_event(
+            standby, "attach_volume", "compute_attach_volume", "error"
+        )
+        assert "raise refused(" in event["traceback"]
         assert self.status(standby) == ("ACTIVE", "b")
 
     def test_protection_that_does_not_end_keeps_the_server_running(self) -> None:

@@ -28,12 +28,13 @@ from nova_pmt.evaluation.study.cell import PLAIN
 from nova_pmt.evaluation.study.figures import Table
 
 #: Scenarios that are I/O-intensive.
-IO = ("database", "disk", "build", "mixed")
+IO = ("database", "sessions", "disk", "build", "mixed")
 #: The link at which findings that name one are looked at, in Mbit/s.
 GIGABIT = 1000
 #: Of Kemari's pause, at 5,000 dirty pages.
 HEAVY_PAUSE = 1 / 8
-#: Of unprotected throughput in the database scenario.
+#: Scenarios of a database, and what of unprotected throughput is asked for in them.
+DATABASES = ("database", "sessions")
 DATABASE_SHARE = 0.5
 IDLE_BANDWIDTH, LOADED = 1.2, 1.1
 #: Most bytes on the wire for a dirty byte, with codecs.
@@ -170,19 +171,18 @@ def _codecs(table: Table) -> Iterator[Finding]:
 
 
 def _database(table: Table) -> Iterator[Finding]:
-    if "database" not in table.scenarios:
-        return
-    for link in table.links:
-        for strategy in table.strategies:
-            share = table.mean("database", strategy, link, "throughput_ratio")
-            if share is None and strategy == PLAIN:
-                continue  # measured at one link only
-            yield Finding(
-                f"database, {strategy}, {link_name(link)}: at least half of the unprotected "
-                "throughput",
-                "not measured" if share is None else f"{share:.2f}",
-                None if share is None else share >= DATABASE_SHARE,
-            )
+    for scenario in [name for name in DATABASES if name in table.scenarios]:
+        for link in table.links:
+            for strategy in table.strategies:
+                share = table.mean(scenario, strategy, link, "throughput_ratio")
+                if share is None and strategy == PLAIN:
+                    continue  # measured at one link only
+                yield Finding(
+                    f"{scenario}, {strategy}, {link_name(link)}: at least half of the unprotected "
+                    "throughput",
+                    "not measured" if share is None else f"{share:.2f}",
+                    None if share is None else share >= DATABASE_SHARE,
+                )
 
 
 def link_name(mbit: int) -> str:

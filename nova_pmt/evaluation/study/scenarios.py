@@ -30,8 +30,8 @@ from nova_pmt.lab import LabGuest
 
 #: Requests at a time of the scenarios with clients.
 CLIENTS = 4
-#: Of a database.
-SESSIONS = 16
+#: Of a database, and of one that many ask.
+SESSIONS, MANY_SESSIONS = 16, 64
 #: A guest that writes memory is asked something so often.
 ASK_S = 0.02
 
@@ -166,6 +166,12 @@ SCENARIOS = (
         f"{SESSIONS} clients' requests, each durable on both disks before it is answered",
         "requests/s",
         _requests(*[partial(loads.transactions, number=n) for n in range(1, SESSIONS + 1)]),
+    ),
+    Scenario(
+        "sessions",
+        f"as database, with {MANY_SESSIONS} clients",
+        "requests/s",
+        _requests(*[partial(loads.transactions, number=n) for n in range(1, MANY_SESSIONS + 1)]),
     ),
     Scenario(
         "disk",
