@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from nova.compute import power_state, task_states
 from nova.network import model as network_model
 from nova.virt import event as virtevent
 from nova.virt import hardware
-from nova.virt.libvirt import config
+from nova.virt.libvirt import LibvirtDriver, config
 from nova.virt.libvirt.vif import LibvirtGenericVIFDriver
 
 from nova_pmt import exception
@@ -211,6 +212,8 @@ def test_an_interface_that_is_attached_has_no_vhost_either(driver: PMTDriver) ->
         mock.patch.object(LibvirtGenericVIFDriver, "plug"),
         mock.patch.object(LibvirtGenericVIFDriver, "get_config", return_value=nic("virtio")),
         mock.patch.object(driver, "_build_device_metadata", return_value=None),
+        # (33 and 32 ask libvirt, which there is none of.)
+        mock.patch.object(driver, "_get_mem_encryption_config", return_value=None, create=True),
         mock.patch.object(driver, "_get_guest_config_meta"),
         mock.patch.object(driver, "get_instance_driver_metadata"),
         mock.patch.object(objects.Instance, "get_network_info"),
@@ -219,6 +222,29 @@ def test_an_interface_that_is_attached_has_no_vhost_either(driver: PMTDriver) ->
         driver.attach_interface(None, server(mode="pmt"), None, {"address": "fa:1"})
     (attached,) = (call.args[0] for call in guest.attach_device.call_args_list)
     assert attached.driver_name == "qemu"
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept"), [("pmt", {"source": "memfd", "access": "shared"}), ("off", {})]
+)
+def test_a_migrated_guest_keeps_the_memory_that_it_has(
+    driver: PMTDriver, mode: str, kept: dict[str, str]
+) -> None:
+    running = (
+        "<domain><memory>1</memory><memoryBacking><source type='memfd'/><access mode='shared'/>"
+        "</memoryBacking></domain>"
+    )
+    stripped = "<domain><memory>1</memory><memoryBacking/><os/></domain>"  # as Nova makes of it
+    guest = mock.Mock(get_xml_desc=mock.Mock(return_value=running))
+    with mock.patch.object(LibvirtDriver, "_live_migration_operation") as operation:
+        driver._live_migration_operation(None, server(mode=mode), "b", False, None, guest, [])
+    operation.call_args.args[5].migrate("qemu+tcp://b/system", destination_xml=stripped)
+    (call,) = guest.migrate.call_args_list
+    root = ET.fromstring(call.kwargs["destination_xml"])
+    assert [one.tag for one in root] == ["memory", "memoryBacking", "os"]
+    backing = root.find("memoryBacking")
+    assert backing is not None
+    assert {one.tag: one.get("type") or one.get("mode") for one in backing} == kept
 
 
 @pytest.mark.parametrize("name", GUARDED)

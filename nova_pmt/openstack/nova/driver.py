@@ -183,6 +183,9 @@ class PMTDriver(private.Seams):
         found = directory if os.path.isdir(directory) else None
         return guestxml.prepared(xml, instance.uuid, qmp_directory=found)
 
+    def adapt_migration(self, instance: Any, xml: str, running: str) -> str:
+        return guestxml.with_memory_of(xml, running) if self.wish(instance).prepared else xml
+
     def adapt_interface(self, instance: Any, config: Any) -> None:
         """No vhost where the kernel cannot hold what it sends."""
         if getattr(config, "model", None) != "virtio" or not self.wish(instance).prepared:

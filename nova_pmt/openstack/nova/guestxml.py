@@ -41,14 +41,38 @@ def prepared(xml: str, uuid: str, *, qmp_directory: str | None) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
+def with_memory_of(xml: str, running: str) -> str:
+    """The XML of a live migration's destination, with the kind of memory that the guest has.
+
+    (A memfd; a file, once it has failed over.) Nova takes it for its own file-backed memory and
+    leaves it out where the destination has none such; libvirt refuses another kind of memory there.
+
+    :param xml: of the destination, as Nova has made it.
+    :param running: of the domain that is migrated.
+    """
+    kept = ET.fromstring(running).find("memoryBacking")
+    if kept is None or kept.find("source") is None:
+        return xml
+    root = ET.fromstring(xml)
+    backing = root.find("memoryBacking")
+    if backing is not None:
+        root.remove(backing)
+    _insert_backing(root, kept)
+    return ET.tostring(root, encoding="unicode")
+
+
+def _insert_backing(root: ET.Element, backing: ET.Element) -> None:
+    place = root.find("currentMemory")
+    if place is None:
+        place = root.find("memory")
+    root.insert(0 if place is None else list(root).index(place) + 1, backing)
+
+
 def _share_memory(root: ET.Element) -> None:
     backing = root.find("memoryBacking")
     if backing is None:
         backing = ET.Element("memoryBacking")
-        place = root.find("currentMemory")
-        if place is None:
-            place = root.find("memory")
-        root.insert(0 if place is None else list(root).index(place) + 1, backing)
+        _insert_backing(root, backing)
     # libvirt's file-backed memory ([libvirt] file_backed_memory) can be read from outside as it is.
     if backing.find("source") is None:
         ET.SubElement(backing, "source", {"type": "memfd"})

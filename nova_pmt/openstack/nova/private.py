@@ -29,6 +29,7 @@ name                                         series        difference
 ``instance``, ``_undefine_domain``
 ``libvirt.utils.fetch_raw_image``            32, 33, 34
 ``LibvirtDriver._network_api``               32, 33, 34
+``LibvirtDriver._live_migration_operation``  32, 33, 34
 ``host.Host._get_domain``                    32, 33, 34
 ``ComputeVirtAPI._compute``                  32, 33, 34
 ``ComputeManager._get_nodes``,               32, 33, 34
@@ -77,6 +78,23 @@ class _Interfaces(vif.LibvirtGenericVIFDriver):
         return config
 
 
+class _Migrated:
+    """A guest (``nova.virt.libvirt.guest.Guest``) whose destination's XML is adapted."""
+
+    def __init__(self, driver: Seams, instance: Any, guest: Any) -> None:
+        self._driver, self._instance, self._guest = driver, instance, guest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guest, name)
+
+    def migrate(self, destination: str, **kwargs: Any) -> Any:
+        xml = kwargs.get("destination_xml")
+        if xml is not None:
+            running = self._guest.get_xml_desc(dump_migratable=True)
+            kwargs["destination_xml"] = self._driver.adapt_migration(self._instance, xml, running)
+        return self._guest.migrate(destination, **kwargs)
+
+
 class Seams(LibvirtDriver):
     """Nova's libvirt driver, with the places where ours is different under public names."""
 
@@ -104,6 +122,10 @@ class Seams(LibvirtDriver):
         """The XML to define for a server, from the one that Nova has made."""
         return xml
 
+    def adapt_migration(self, instance: Any, xml: str, running: str) -> str:
+        """The XML of a live migration's destination, from Nova's and the running domain's."""
+        return xml
+
     def adapt_interface(self, instance: Any, config: Any) -> None:
         """Change an interface (``LibvirtConfigGuestInterface``) before it is written as XML."""
 
@@ -118,6 +140,21 @@ class Seams(LibvirtDriver):
     def _hard_reboot(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
         self.before_start(instance)
         return super()._hard_reboot(context, instance, *args, **kwargs)
+
+    def _live_migration_operation(
+        self,
+        context: Any,
+        instance: Any,
+        dest: Any,
+        block_migration: Any,
+        migrate_data: Any,
+        guest: Any,
+        device_names: Any,
+    ) -> None:
+        guest = _Migrated(self, instance, guest)
+        super()._live_migration_operation(
+            context, instance, dest, block_migration, migrate_data, guest, device_names
+        )
 
     # -- what may be called ----------------------------------------------------------------
 

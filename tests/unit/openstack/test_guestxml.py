@@ -62,6 +62,23 @@ def test_what_nova_says_of_memory_stays(backing: str, left: list[str]) -> None:
     assert found[0].find("access").get("mode") == "shared"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", ["memfd", "file"])
+def test_a_migration_keeps_the_kind_of_memory(kind: str) -> None:
+    backing = f'<memoryBacking><source type="{kind}"/><access mode="shared"/></memoryBacking>'
+    running = PLAIN.replace("<vcpu>", f"{backing}<vcpu>")
+    for nova in ("", "<memoryBacking/>"):
+        root = ET.fromstring(
+            guestxml.with_memory_of(PLAIN.replace("<vcpu>", f"{nova}<vcpu>"), running)
+        )
+        assert [one.tag for one in root][:4] == ["uuid", "memory", "memoryBacking", "vcpu"]
+        (found,) = root.findall("memoryBacking")
+        assert [one.attrib for one in found] == [{"type": kind}, {"mode": "shared"}]
+
+
+def test_a_migration_of_ordinary_memory_is_novas() -> None:
+    assert guestxml.with_memory_of(PLAIN, PLAIN) == PLAIN
+
+
 def test_the_second_monitor_is_one_that_a_standby_replaces() -> None:
     xml = guestxml.prepared(PLAIN, UUID, qmp_directory="/run/qmp")
     arguments = [one.get("value") for one in ET.fromstring(xml).iter(f"{{{domainxml.QEMU_NS}}}arg")]
