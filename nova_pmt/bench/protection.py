@@ -167,7 +167,7 @@ class Protection:
         self._demand_going_on()
         pid, self._over = self._guest.pid, True
         os.kill(pid, signal.SIGKILL)
-        details = self._standby.wait("state", "standby_active", END_S)
+        details = self._standby.wait("state", "standby_active", END_S)["details"]
         return self._guest.on(self._standby_host), float(details["failover_ms"])
 
     def _demand_going_on(self) -> None:

@@ -57,8 +57,8 @@ def test_the_quick_evaluation_measures_all(tmp_path: Path) -> None:
         everything = table.mean(scenario, "stop-and-copy", link, "pause_p50_ms") or 0
         assert everything > (table.mean(scenario, "memcpy", link, "pause_p50_ms") or 0)
     # Without codecs all that was written is sent.
-    assert (table.mean("web", PLAIN, link, "sent_per_dirty_byte") or 0) >= 1
-    assert (table.mean("web", "pmt", link, "sent_per_dirty_byte") or 2) < 1
+    assert (table.mean("web", PLAIN, link, "sent_per_dirty_byte") or 0) > 0.9
+    assert (table.mean("web", "pmt", link, "sent_per_dirty_byte") or 1) < 0.9
     # Rounds are what a strategy decides: an interval, output, or neither.
     assert (table.mean("idle", "kemari", link, "rounds_per_s") or 0) < (
         table.mean("idle", "pmt", link, "rounds_per_s") or 0
