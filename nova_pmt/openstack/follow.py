@@ -90,6 +90,8 @@ class _Due:
     #: Until when, by our own clock, an attempt that failed is not repeated, and what it was with.
     #: (Nova notifies us of each standby server that we make in vain.)
     not_before: float = 0.0
+    #: As its note had them when we looked; -1: we did not yet.
+    attempts: int = -1
     with_: tuple[str, ...] = ()
 
 
@@ -341,17 +343,22 @@ class Follower:
             _order(wish),
         )
 
-    def _too_soon(self, uuid: str, facts: Facts) -> bool:
-        """It failed, and nothing is different."""
+    def _too_soon(self, note: Note, facts: Facts) -> bool:
+        """It failed, and nothing is different. Whichever manager it was that failed."""
+        now = self._clock()
         with self._lock:
-            due = self._due[uuid]
-            return self._clock() < due.not_before and due.with_ == _same(facts)
+            due = self._due[note.uuid]
+            if note.attempts and due.attempts not in (note.attempts, -1):
+                due.not_before = now + _backoff_s(note.attempts - 1)
+                due.with_ = _same(facts)
+            due.attempts = note.attempts
+            return now < due.not_before and due.with_ == _same(facts)
 
     def _act(self, note: Note, step: Step, facts: Facts) -> tuple[Note, bool]:
         """Do it; the note as it is then, and whether there is more to do at once."""
         if step.action in _QUIET:
             return note, False
-        if step.action in ("create", "protect", "move") and self._too_soon(note.uuid, facts):
+        if step.action in ("create", "protect", "move") and self._too_soon(note, facts):
             return note, False
         LOG.info("%s: %s %s", note.uuid, step.action, step.reason)
         note = self._renew(note)
@@ -545,11 +552,11 @@ class Follower:
         step = failover.AGAIN.get(note.step, note.step)
         self._write(note, holder="", attempts=note.attempts + 1, reason=reason, step=step)
         # A failover is told of to the end; what is refused waits longer and longer.
-        longest = MAX_WAIT_S if note.step else MAX_BACKOFF_S
-        after_s = min(BACKOFF_S * 2.0 ** min(note.attempts, 16), longest)
+        after_s = _backoff_s(note.attempts, MAX_WAIT_S if note.step else MAX_BACKOFF_S)
         self._later(uuid, after_s)
         with self._lock:
             due = self._due[uuid]
+            due.attempts = note.attempts + 1
             due.not_before = self._clock() + after_s
             due.with_ = () if facts is None else _same(facts)
 
@@ -577,6 +584,11 @@ class Follower:
             return
         with self._lock:
             self._due.pop(note.uuid, None)
+
+
+def _backoff_s(attempts: int, longest_s: float = MAX_BACKOFF_S) -> float:
+    """How long to wait after so many attempts and one more."""
+    return float(min(BACKOFF_S * 2.0 ** min(attempts, 16), longest_s))
 
 
 def _same(facts: Facts) -> tuple[str, ...]:

@@ -370,6 +370,18 @@ def test_two_managers_do_not_get_into_each_others_way(world: World) -> None:
     assert world.cloud.calls.count("evacuate") == 1
 
 
+def test_two_managers_try_in_vain_no_more_often_than_one(world: World) -> None:
+    """One makes the standby server, the other one finds that Nova could not."""
+    world.cloud.room["b"] = world.cloud.room["c"] = 0
+    world.cloud.boot()
+    managers = [world.follower, world.manager()]
+    for _ in range(200):  # Nova notifies both of all that they do
+        world.go_on(3, *managers, stride=3.0)
+        for manager in managers:
+            manager.touch(UUID)
+    assert 3 < world.cloud.calls.count("create") < 15
+
+
 def test_who_stood_still_in_a_turn_changes_nothing_afterwards(world: World) -> None:
     note = world.notes.keep(UUID)
     assert world.notes.take(UUID, note.turn, "one")
