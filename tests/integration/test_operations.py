@@ -303,13 +303,17 @@ def test_host_that_lives_is_forced_down(web: Protected) -> None:
     assert web.running() == [host]
 
 
-def test_live_migration_is_refused(web: Protected) -> None:
-    boot, host = web.guest().boot_id(), web.wait().compute_host
-    web.cloud.admin.compute.live_migrate_server(web.uuid, host=None, block_migration="auto")
-    time.sleep(3)
-    web.wait(host=host)
-    web.wait_protected()
-    assert web.guest().boot_id() == boot
+def test_live_migration_to_its_standbys_host_is_refused(web: Protected) -> None:
+    from openstack.exceptions import BadRequestException
+
+    before, (standby,) = web.generation(), web.standbys()
+    compute, there = web.cloud.admin.compute, standby.compute_host
+    with pytest.raises(BadRequestException, match=f"{there} has the standby of {web.uuid}"):
+        compute.live_migrate_server(web.uuid, host=there, block_migration="auto")
+    with pytest.raises(BadRequestException):  # there is no other host
+        compute.live_migrate_server(web.uuid, host=None, block_migration="auto")
+    web.wait_task_over(web.uuid)
+    web.stays_protected(before)
 
 
 def test_delete_leaves_nothing(cloud: Cloud, web: Protected) -> None:
