@@ -49,6 +49,11 @@ _QUIET = frozenset({"nothing", "wait", "forget"})
 #: After so many looks in vain they become rarer, until they are so far apart.
 _LOOKS, MAX_WAIT_S = 10, 30.0
 
+#: States in which the agent of a server that has lost its standby is at it.
+_AGAIN: frozenset[states.State] = frozenset(
+    {"primary_alone", "checking", "syncing", "reprotecting"}
+)
+
 #: What is told, of which server, and why.
 Announce = Callable[[str, str, str], None]
 
@@ -349,7 +354,8 @@ class Follower:
         with self._lock:
             due = self._due[note.uuid]
             if note.attempts and due.attempts not in (note.attempts, -1):
-                due.not_before = now + _backoff_s(note.attempts - 1)
+                # (What it was with is not known: so not for longer than all is looked at again.)
+                due.not_before = now + _backoff_s(note.attempts - 1, self._interval_s)
                 due.with_ = _same(facts)
             due.attempts = note.attempts
             return now < due.not_before and due.with_ == _same(facts)
@@ -376,7 +382,7 @@ class Follower:
         if server is None:
             return note, True
         if step.action == "create":
-            self._demand_possible(server)
+            self._demand_possible(server, note)
             standby = self._cloud.create_standby(server)
             faultpoint.reach("nova.create")
             self._told(note, "create", step.reason)
@@ -420,7 +426,13 @@ class Follower:
         except exception.PmtError as error:
             LOG.warning("%s: its interfaces on %s: %s", uuid, host, error)
 
-    def _demand_possible(self, server: Server) -> None:
+    def _protects_again(self, note: Note) -> bool:
+        """Its agent tries to by itself, with a standby that is gone: in vain, as long as there is
+        no standby server."""
+        pair = self._database.pair(note.uuid)
+        return bool(note.ordered) and pair is not None and pair.state in _AGAIN
+
+    def _demand_possible(self, server: Server, note: Note) -> None:
         """Before anything is made for it.
 
         :raises nova_pmt.exception.Refusal: why it cannot be protected.
@@ -428,9 +440,8 @@ class Follower:
         if not server.image:
             raise exception.SharedStorage(f"server {server.uuid} was made from a volume")
         refusals = self._agents.check(server.host, server.uuid)["refusals"]
-        # (Its agent protects it again by itself, when somebody deleted the standby server: in vain,
-        # as long as there is none.)
-        refusals = [one for one in refusals if one["code"] != exception.AlreadyProtected.code]
+        if self._protects_again(note):
+            refusals = [one for one in refusals if one["code"] != exception.AlreadyProtected.code]
         if refusals:
             raise exception.from_dict(refusals[0])
 

