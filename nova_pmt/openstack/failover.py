@@ -78,9 +78,8 @@ class Failover:
         self._cloud = cloud
         self._notes = notes
         self._clock = clock
-        #: Since when Nova is seen to be at an evacuation, or to have ended it elsewhere.
-        self._evacuating: dict[tuple[str, int], float] = {}
-        self._ended: dict[tuple[str, int], float] = {}
+        #: By server: what is seen of an evacuation (which attempt, under way or ended), since when.
+        self._seen: dict[str, tuple[tuple[int, int, str], float]] = {}
         self._steps: Mapping[str, Callable[[Note], str]] = {
             "rebind": self._rebind,
             "force_down": self._force_down,
@@ -147,33 +146,34 @@ class Failover:
         server = self._cloud.server(note.uuid)
         if server is None:
             return "delete"
-        key = (note.uuid, note.generation)
         if _evacuates(server):
-            now = self._clock()
-            if now - self._evacuating.setdefault(key, now) < EVACUATES_S:
+            if self._seen_s(note, "under way") < EVACUATES_S:
                 return "await"
             # Its compute service, or a conductor, died in the middle: nobody goes on with it.
-            del self._evacuating[key]
             self._cloud.reset_active(note.uuid)
             raise exception.NovaRefused(
                 f"Nova has been at the evacuation of {note.uuid} for {EVACUATES_S:.0f} s: once more"
             )
-        self._evacuating.pop(key, None)
         if server.host != note.target:
-            now = self._clock()
-            if server.status != "ERROR" and now - self._ended.setdefault(key, now) < _WRITES_S:
+            if server.status != "ERROR" and self._seen_s(note, "ended") < _WRITES_S:
                 return "await"
-            self._ended.pop(key, None)
             # No room, as a rule: Nova puts the record into ERROR, and the server runs all the same.
             raise exception.NovaRefused(
                 f"Nova has not taken over that {note.uuid} runs on {note.target}: "
                 f"it is {server.status} on {server.host}. {server.fault}".strip()
             )
-        self._ended.pop(key, None)
+        self._seen.pop(note.uuid, None)
         if server.status == "ERROR":
             self._cloud.reset_active(note.uuid)  # its compute service was restarted in the middle
         faultpoint.reach("nova.await")
         return "delete"
+
+    def _seen_s(self, note: Note, what: str) -> float:
+        """For how long this is seen of this attempt."""
+        now, key = self._clock(), (note.generation, note.attempts, what)
+        if self._seen.get(note.uuid, (None, now))[0] != key:
+            self._seen[note.uuid] = (key, now)
+        return now - self._seen[note.uuid][1]
 
     def _delete(self, note: Note) -> str:
         for standby in self._cloud.standbys(note.uuid):
