@@ -225,11 +225,12 @@ def test_an_interface_that_is_attached_has_no_vhost_either(driver: PMTDriver) ->
 
 
 @pytest.mark.parametrize(
-    ("mode", "kept"), [("pmt", {"source": "memfd", "access": "shared"}), ("off", {})]
+    ("file_backed_mib", "kept"), [(0, {"source": "memfd", "access": "shared"}), (1024, {})]
 )
 def test_a_migrated_guest_keeps_the_memory_that_it_has(
-    driver: PMTDriver, mode: str, kept: dict[str, str]
+    driver: PMTDriver, file_backed_mib: int, kept: dict[str, str]
 ) -> None:
+    configured = mock.Mock(libvirt=mock.Mock(file_backed_memory=file_backed_mib))
     running = (
         "<domain><memory>1</memory><memoryBacking><source type='memfd'/><access mode='shared'/>"
         "</memoryBacking></domain>"
@@ -237,8 +238,9 @@ def test_a_migrated_guest_keeps_the_memory_that_it_has(
     stripped = "<domain><memory>1</memory><memoryBacking/><os/></domain>"  # as Nova makes of it
     guest = mock.Mock(get_xml_desc=mock.Mock(return_value=running))
     with mock.patch.object(LibvirtDriver, "_live_migration_operation") as operation:
-        driver._live_migration_operation(None, server(mode=mode), "b", False, None, guest, [])
-    operation.call_args.args[5].migrate("qemu+tcp://b/system", destination_xml=stripped)
+        driver._live_migration_operation(None, server(), "b", False, None, guest, [])
+    with mock.patch.object(driver_module.nova.conf, "CONF", configured):
+        operation.call_args.args[5].migrate("qemu+tcp://b/system", destination_xml=stripped)
     (call,) = guest.migrate.call_args_list
     root = ET.fromstring(call.kwargs["destination_xml"])
     assert [one.tag for one in root] == ["memory", "memoryBacking", "os"]

@@ -183,8 +183,10 @@ class PMTDriver(private.Seams):
         found = directory if os.path.isdir(directory) else None
         return guestxml.prepared(xml, instance.uuid, qmp_directory=found)
 
-    def adapt_migration(self, instance: Any, xml: str, running: str) -> str:
-        return guestxml.with_memory_of(xml, running) if self.wish(instance).prepared else xml
+    def adapt_migration(self, xml: str, running: str) -> str:
+        if nova.conf.CONF.libvirt.file_backed_memory:
+            return xml  # it is Nova's own
+        return guestxml.with_memory_of(xml, running)
 
     def adapt_interface(self, instance: Any, config: Any) -> None:
         """No vhost where the kernel cannot hold what it sends."""

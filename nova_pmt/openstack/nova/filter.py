@@ -23,7 +23,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -47,10 +46,9 @@ LOG = log.getLogger(__name__)
 #: QEMU's own, beside the memory of the guest; as the agent of a standby's host counts.
 OVERHEAD_MIB = 192
 
+#: Not looked at yet.
+_ASK = "?"
 _NO_AGENT = "it has no nova-pmt-agent that is alive"
-
-_NAMES = (AGENT, BACKING_FREE_MIB, CPU_MODEL, MACHINE_TYPES)
-_TELLS = operator.itemgetter(*_NAMES)
 
 Reason = str
 Stats = Mapping[str, Any]
@@ -60,8 +58,12 @@ def capable(stats: Stats, needed_mib: int) -> Reason:
     """Why a host cannot hold a standby that needs so much; empty: it can."""
     if stats.get(AGENT) != UP:
         return _NO_AGENT
+    return _room(stats.get(BACKING_FREE_MIB), needed_mib)
+
+
+def _room(told: Any, needed_mib: int) -> Reason:
     try:
-        free_mib = int(stats.get(BACKING_FREE_MIB) or 0)
+        free_mib = int(told or 0)
     except ValueError:
         free_mib = 0
     if free_mib < needed_mib:
@@ -152,18 +154,25 @@ class PMTStandbyFilter(filters.BaseHostFilter):
         bound = bool(bounds.zone or bounds.taken)
         own_cell = getattr(server.cell, "uuid", None)
         told = _Rejections(f"standby of {uuid}")
-        # With a thousand hosts each call counts, and most of them tell the same.
-        known: dict[tuple[Any, ...], Reason] = {}
+        # With a thousand hosts each call counts, and many of them tell the same.
+        rooms: dict[Any, Reason] = {}
+        kinds: dict[tuple[Any, Any], Reason] = {}
         passing = []
         for host in hosts:
             stats = host.stats or _NOTHING
-            try:
-                why = known[_TELLS(stats)]
-            except KeyError:
-                why = capable(stats, needed_mib)
-                why = why or compatible(stats, cpu_model, server.machine_type)
-                if all(name in stats for name in _NAMES):
-                    known[_TELLS(stats)] = why
+            get = stats.get
+            if get(AGENT) != UP:
+                why = _NO_AGENT
+            else:
+                room = get(BACKING_FREE_MIB)
+                why = rooms.get(room, _ASK)
+                if why is _ASK:
+                    why = rooms[room] = _room(room, needed_mib)
+                if not why:
+                    kind = (get(CPU_MODEL), get(MACHINE_TYPES))
+                    why = kinds.get(kind, _ASK)
+                    if why is _ASK:
+                        why = kinds[kind] = compatible(stats, cpu_model, server.machine_type)
             if host.host == server.host:
                 why = "the server itself runs there"
             elif own_cell is not None and host.cell_uuid not in (None, own_cell):

@@ -81,8 +81,8 @@ class _Interfaces(vif.LibvirtGenericVIFDriver):
 class _Migrated:
     """A guest (``nova.virt.libvirt.guest.Guest``) whose destination's XML is adapted."""
 
-    def __init__(self, driver: Seams, instance: Any, guest: Any) -> None:
-        self._driver, self._instance, self._guest = driver, instance, guest
+    def __init__(self, driver: Seams, guest: Any) -> None:
+        self._driver, self._guest = driver, guest
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._guest, name)
@@ -91,7 +91,7 @@ class _Migrated:
         xml = kwargs.get("destination_xml")
         if xml is not None:
             running = self._guest.get_xml_desc(dump_migratable=True)
-            kwargs["destination_xml"] = self._driver.adapt_migration(self._instance, xml, running)
+            kwargs["destination_xml"] = self._driver.adapt_migration(xml, running)
         return self._guest.migrate(destination, **kwargs)
 
 
@@ -122,7 +122,7 @@ class Seams(LibvirtDriver):
         """The XML to define for a server, from the one that Nova has made."""
         return xml
 
-    def adapt_migration(self, instance: Any, xml: str, running: str) -> str:
+    def adapt_migration(self, xml: str, running: str) -> str:
         """The XML of a live migration's destination, from Nova's and the running domain's."""
         return xml
 
@@ -151,7 +151,7 @@ class Seams(LibvirtDriver):
         guest: Any,
         device_names: Any,
     ) -> None:
-        guest = _Migrated(self, instance, guest)
+        guest = _Migrated(self, guest)
         super()._live_migration_operation(
             context, instance, dest, block_migration, migrate_data, guest, device_names
         )
