@@ -46,13 +46,13 @@ def echo(guest: LabGuest, seconds: float, every_s: float = 0.0) -> list[float]:
 
     :param every_s: from request to request at least; 0: the next one follows on the answer.
     """
-    data, found = bytes(range(ECHO_BYTES)), []
+    found = []
     with guest.connect(timeout=_TIMEOUT_S) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _exchange(connection, data)
+        exchange(connection)
         end = time.perf_counter() + seconds
         while (start := time.perf_counter()) < end:
-            _exchange(connection, data)
+            exchange(connection)
             taken = time.perf_counter() - start
             found.append(taken * 1e3)
             if taken < every_s:
@@ -60,7 +60,12 @@ def echo(guest: LabGuest, seconds: float, every_s: float = 0.0) -> list[float]:
     return found
 
 
-def _exchange(connection: socket.socket, data: bytes) -> None:
+def exchange(connection: socket.socket) -> None:
+    """Have the guest echo 64 bytes.
+
+    :raises OSError: it does not answer; also LabError: it hung up.
+    """
+    data = bytes(range(ECHO_BYTES))
     connection.sendall(data)
     left = len(data)
     while left:

@@ -158,17 +158,18 @@ class Protection:
         """
         return self._primary.fresh_stats()
 
-    def fail_over(self) -> tuple[LabGuest, float]:
-        """Let the guest's QEMU die: the guest where it goes on, and how long that took (ms, from
-        when the standby's worker knew). Protection is over then.
+    def fail_over(self) -> tuple[LabGuest, float, dict[str, Any]]:
+        """Let the guest's QEMU die: the guest where it goes on, when it was killed (of
+        CLOCK_MONOTONIC), and what the standby's worker tells of it. Protection is over then.
 
         :raises LabError: protection had ended before, or the standby does not go on.
         """
         self._demand_going_on()
         pid, self._over = self._guest.pid, True
+        killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         details = self._standby.wait("state", "standby_active", END_S)["details"]
-        return self._guest.on(self._standby_host), float(details["failover_ms"])
+        return self._guest.on(self._standby_host), killed, dict(details)
 
     def _demand_going_on(self) -> None:
         failure = self._primary.failure()

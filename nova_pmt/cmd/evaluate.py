@@ -124,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
         dest="failovers",
         action="store_false",
         default=None,
-        help="do not let QEMU die at the end of each measurement (on the first link)",
+        help="do not let QEMU die as well, under each strategy (on the first link)",
     )
     run.add_argument(
         "--directory", type=Path, default=Path("build/eval"), help="for the results (build/eval)"

@@ -18,15 +18,14 @@ quantiles are over its last 2,048 rounds, so that the load goes on for a while b
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nova_pmt.bench import loads
 from nova_pmt.bench.cpu import Usage
 from nova_pmt.bench.protection import Protection, protect
 from nova_pmt.bench.rows import quantiles
@@ -41,8 +40,6 @@ PLAIN = "pmt-plain"
 _PLAIN_ENV = {"OS_REPLICATION__CODECS": "", "OS_REPLICATION__DELTA_CACHE_MIB": "0"}
 #: After the first synchronisation, before it counts.
 SETTLE_S = 1.0
-#: Of a failover: how long a client asks, how often, and when QEMU dies.
-ASKED_S, ASK_S, BEFORE_S = 2.0, 0.002, 0.7
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -53,12 +50,28 @@ class Place:
 
     :param link_mbit: of the link between the hosts; 0: no limit.
     :param repeat: 1, 2, ...
+    :param failover: it is the failover that is measured.
     """
 
     scenario: Scenario
     strategy: str
     link_mbit: int
     repeat: int
+    failover: bool = False
+
+    def protect(
+        self, guest: LabGuest, standby: LabHost, interval_ms: float, epoch_limit_ms: float
+    ) -> contextlib.AbstractContextManager[Protection]:
+        """Protect the guest as this place has it."""
+        plain = self.strategy == PLAIN
+        return protect(
+            guest,
+            standby,
+            interval_ms=interval_ms,
+            strategy="pmt" if plain else self.strategy,
+            more={"epoch_limit_ms": epoch_limit_ms},
+            primary_env=_PLAIN_ENV if plain else None,
+        )
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -101,25 +114,15 @@ def measure(
     seconds: float,
     interval_ms: float,
     epoch_limit_ms: float,
-    fail_over: bool = False,
-) -> tuple[dict[str, Any], LabGuest]:
-    """The row, and the guest where it runs then. Now it runs, its background too, and hosts are
-    configured (lab.deployment).
+) -> dict[str, Any]:
+    """The row; the guest runs, its background too, and hosts are configured (lab.deployment).
 
-    :param fail_over: at the end its QEMU dies.
     :raises nova_pmt.exception.PmtError: the lab or the product failed.
     """
     if place.strategy == UNPROTECTED:
         work = place.scenario.drive(guest, seconds)
-        return {**place.facts(), **_work(work)}, guest
-    with protect(
-        guest,
-        standby,
-        interval_ms=interval_ms,
-        strategy="pmt" if place.strategy == PLAIN else place.strategy,
-        more={"epoch_limit_ms": epoch_limit_ms},
-        primary_env=_PLAIN_ENV if place.strategy == PLAIN else None,
-    ) as protection:
+        return {**place.facts(), **_work(work)}
+    with place.protect(guest, standby, interval_ms, epoch_limit_ms) as protection:
         place.scenario.drive(guest, SETTLE_S)
         workers = {
             "primary": protection.primary_pid,
@@ -132,34 +135,19 @@ def measure(
         used = cache.close()
         after, elapsed = protection.stats(), time.monotonic() - start
         standby_mib = _own_bytes(protection.standby_pid) / MIB
-        failed_over: dict[str, float] = {}
-        if fail_over:
-            guest, failed_over = _fail_over(guest, protection)
     row = {**place.facts(), **_work(work), **_rounds(before, after, elapsed)}
     if work.per_s:
         row["kib_per_work"] = round(row["mbit_per_s"] * 1e6 / 8 / 1024 / work.per_s, 3)
     used_s = (cores.get("primary", 0.0) + cores.get("standby", 0.0)) * driven_s
     sent_gib = (after["sent_bytes"] - before["sent_bytes"]) / GIB
-    row |= {
-        **failed_over,
+    return {
+        **row,
         "cpu_s_per_gib": round(used_s / sent_gib, 3) if sent_gib > 1e-3 else None,
         "cores": round(cores.get("primary", 0.0) + cores.get("standby", 0.0), 3),
         "cache_peak_mib": max(used, default=0.0),
         "cache_mib": used,
         "standby_mib": round(standby_mib, 1),
     }
-    return row, guest
-
-
-def _fail_over(guest: LabGuest, protection: Protection) -> tuple[LabGuest, dict[str, float]]:
-    """``failover_ms``: the longest wait of a client that asks all the time, with what its TCP makes
-    of it; ``activation_ms``: from when the standby's worker knew until the guest ran."""
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(loads.echo, guest, ASKED_S, ASK_S)
-        time.sleep(BEFORE_S)
-        moved, activation_ms = protection.fail_over()
-        waits = asked.result()
-    return moved, {"failover_ms": round(max(waits), 3), "activation_ms": activation_ms}
 
 
 def _work(work: Work) -> dict[str, Any]:

@@ -32,7 +32,7 @@ import libvirt
 from nova_pmt import exception
 from nova_pmt.bench.output import fill
 from nova_pmt.bench.report import Report
-from nova_pmt.evaluation.study import figures, peers
+from nova_pmt.evaluation.study import failover, figures, peers
 from nova_pmt.evaluation.study.cell import PLAIN, UNPROTECTED, Place, measure
 from nova_pmt.evaluation.study.findings import GIGABIT
 from nova_pmt.evaluation.study.peers import PEERS
@@ -65,8 +65,7 @@ class Options:
     :param seed: of the order of strategies.
     :param peers: measure what others stop the same guest for; on the first link, since they use
         none.
-    :param failovers: let the guest's QEMU die after each measurement; on the first link, since
-        nothing is sent then.
+    :param failovers: let the guest's QEMU die as well, under each strategy; on the first link.
     :param plain: measure PMT without codecs and deltas as well; at 1 Gbit/s.
     """
 
@@ -98,6 +97,11 @@ class Options:
                     if self.peers and link == self.links_mbit[0]:
                         strategies.append(PEERS)  # when it is known what checkpoints have
                     found += [Place(scenario, name, link, repeat) for name in strategies]
+                    if self.failovers and link == self.links_mbit[0]:
+                        found += [
+                            Place(scenario, name, link, repeat, failover=True)
+                            for name in self.strategies
+                        ]
         return found
 
 
@@ -125,6 +129,8 @@ class Study:
         self.failures: list[dict[str, Any]] = []
         self._measured = 0
         self._guest: LabGuest | None = None
+        #: It has failed over.
+        self._moved = False
         self._group: tuple[int, int] | None = None
         self._scenario: Scenario | None = None
 
@@ -165,23 +171,19 @@ class Study:
                 self._fail(failure)
             return rows
         (standby,) = (host for host in lab.computes if host is not guest.host)
-        row, self._guest = measure(
-            place,
-            guest,
-            standby,
-            seconds=options.seconds,
-            interval_ms=options.interval_ms,
-            epoch_limit_ms=options.epoch_limit_ms,
-            fail_over=options.failovers and place.link_mbit == options.links_mbit[0],
-        )
-        return [row]
+        rounds = {"interval_ms": options.interval_ms, "epoch_limit_ms": options.epoch_limit_ms}
+        if place.failover:
+            row, self._guest = failover.measure(place, guest, standby, **rounds)
+            self._moved = True
+            return [row]
+        return [measure(place, guest, standby, seconds=options.seconds, **rounds)]
 
     def _pages(self, place: Place) -> int | None:
         """Pages of a checkpoint of ``pmt`` in the same repeat."""
         wanted = {**place.facts(), "strategy": "pmt"}
         for row in self.rows:
             if all(row[name] == value for name, value in wanted.items()):
-                return round(row["pages_per_round"] or 0)
+                return round(row.get("pages_per_round") or 0)
         return None
 
     def _fail(self, failure: dict[str, Any]) -> None:
@@ -192,6 +194,8 @@ class Study:
     def _ready(self, lab: Lab, place: Place) -> LabGuest:
         """A guest that does what its scenario says, over its link."""
         group = (place.repeat, place.link_mbit)
+        if self._moved and not place.failover:
+            self._end()  # what is compared is measured on guests that were booted where they run
         if self._guest is None or self._group != group:
             self._end()
             self._guest, self._group = self._boot(lab), group
@@ -207,11 +211,14 @@ class Study:
     def _end(self) -> None:
         """The next place gets another guest."""
         guest, self._guest, self._scenario = self._guest, None, None
+        self._moved = False
         if guest is None:
             return
         for host in guest.host.lab.computes:  # a failover leaves a domain that is off
-            with contextlib.suppress(exception.PmtError, libvirt.libvirtError):
+            try:
                 guest.on(host).destroy()
+            except (exception.PmtError, libvirt.libvirtError) as error:
+                self._report.note(f"{guest!r} on {host.name} cannot be taken away: {error}")
 
     def _boot(self, lab: Lab) -> LabGuest:
         disks = (

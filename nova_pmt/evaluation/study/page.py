@@ -51,8 +51,8 @@ _COLUMNS = (
     ("cpu_s_per_gib", "CPU s/GiB"),
     ("cache_peak_mib", "cache MiB"),
     ("standby_mib", "standby worker MiB"),
-    ("failover_ms", "failover: client waits ms"),
-    ("activation_ms", "standby takes ms"),
+    ("failover_ms", "failover: no answer for ms"),
+    ("activation_ms", "of that the standby takes ms"),
 )
 
 

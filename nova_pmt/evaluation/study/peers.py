@@ -24,10 +24,6 @@ None of them does this again and again: a guest is not protected by any.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nova_pmt.bench.child import Child
@@ -40,24 +36,6 @@ PEERS = "peers"
 NAMES = ("memcpy", "live-migration", "snapshot", "stop-and-copy")
 _TIMES = 3
 _MODULE = "nova_pmt.evaluation.study.peers_inside"
-
-
-@contextlib.contextmanager
-def _driven(place: Place, guest: LabGuest, seconds: float) -> Iterator[None]:
-    """The scenario's load goes on until the end."""
-    over = threading.Event()
-
-    def drive() -> None:
-        while not over.is_set():
-            place.scenario.drive(guest, seconds)
-
-    with ThreadPoolExecutor(1) as pool:
-        driven = pool.submit(drive)
-        try:
-            yield
-        finally:
-            over.set()
-        driven.result()
 
 
 def measure(
@@ -75,7 +53,7 @@ def measure(
             if name == "memcpy" and not pages:
                 continue
             request = {"peer": name, "times": _TIMES, "pages": pages}
-            with _driven(place, guest, seconds):
+            with place.scenario.driven(guest, seconds):
                 answer = child.ask(request)
             facts, pauses = {**place.facts(), "strategy": name}, answer["pauses_ms"]
             if not pauses:

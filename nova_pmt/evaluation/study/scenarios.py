@@ -19,8 +19,10 @@ that their ratio is what protection leaves.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,6 +73,23 @@ class Scenario:
         """The background goes on from now."""
         for command in self.background:
             guest.control(command)
+
+    @contextlib.contextmanager
+    def driven(self, guest: LabGuest, seconds: float) -> Iterator[None]:
+        """The load goes on until the end of the block, and for at most so long after it."""
+        over = threading.Event()
+
+        def drive() -> None:
+            while not over.is_set():
+                self.drive(guest, seconds)
+
+        with ThreadPoolExecutor(1) as pool:
+            driven = pool.submit(drive)
+            try:
+                yield
+            finally:
+                over.set()
+            driven.result()
 
     def end(self, guest: LabGuest) -> None:
         """The guest rests again."""

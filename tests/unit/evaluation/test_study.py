@@ -175,7 +175,9 @@ def test_links_have_names() -> None:
 
 
 def test_what_is_compared_is_measured_one_after_the_other() -> None:
-    options = Options(scenarios=("web", "idle"), links_mbit=(100, 0), repeats=2, peers=False)
+    options = Options(
+        scenarios=("web", "idle"), links_mbit=(100, 0), repeats=2, peers=False, failovers=False
+    )
     places = [tuple(place.facts().values()) for place in options.places()]
     assert {place[1] for place in places[:4]} == {"unprotected", "pmt", "kemari", "auto"}
     assert [(place[0], place[2], place[3]) for place in places[:5]] == [
@@ -184,6 +186,16 @@ def test_what_is_compared_is_measured_one_after_the_other() -> None:
     ]
     assert len({place[1] for place in places[::4]}) > 1, "one strategy is always the first"
     assert len(places) == len(set(places)) == 2 * 2 * 2 * 4
+
+
+def test_failovers_come_last_of_a_scenario_on_the_first_link() -> None:
+    options = Options(scenarios=("web",), links_mbit=(100, 0), repeats=1)
+    places = [
+        (place.facts()["strategy"], place.link_mbit, place.failover) for place in options.places()
+    ]
+    assert places[4] == ("peers", 100, False)
+    assert places[5:8] == [(name, 100, True) for name in ("pmt", "kemari", "auto")]
+    assert not any(failover for _, _, failover in places[8:])
 
 
 def test_pmt_without_codecs_is_measured_where_it_is_compared() -> None:
