@@ -22,8 +22,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nova_pmt.lab.host import LabHost
+from nova_pmt.lab.openstack.control import wait_for
 from nova_pmt.lab.rabbit import private_file
 
+_PORT = 22
 _DIRECTORY = "/etc/ssh"
 _CLIENT = f"""\
 Host *
@@ -71,6 +73,18 @@ def configure(hosts: Iterable[LabHost]) -> None:
 
 
 def start(host: LabHost) -> None:
-    """Start its server."""
+    """Start its server.
+
+    :raises LabError: it ended, or does not listen.
+    """
     host.path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-    host.spawn("sshd", ["/usr/sbin/sshd", "-D", "-e"])
+    server = host.spawn("sshd", ["/usr/sbin/sshd", "-D", "-e"])
+    wait_for(lambda: _listens(host), f"sshd on {host.name}", server.alive)
+
+
+def _listens(host: LabHost) -> bool:
+    try:
+        host.dial(host.mgmt_ip, _PORT, timeout=1.0).close()
+    except OSError:
+        return False
+    return True
