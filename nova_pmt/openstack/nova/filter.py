@@ -46,29 +46,36 @@ LOG = log.getLogger(__name__)
 #: QEMU's own, beside the memory of the guest; as the agent of a standby's host counts.
 OVERHEAD_MIB = 192
 
-#: Not looked at yet.
-_ASK = "?"
+#: Of reasons that nobody reads, and not looked for.
+_NO_ROOM, _NOT_YET = "it cannot have it", "?"
 _NO_AGENT = "it has no nova-pmt-agent that is alive"
 
 Reason = str
 Stats = Mapping[str, Any]
+_Kind = tuple[Any, Any]
 
 
 def capable(stats: Stats, needed_mib: int) -> Reason:
     """Why a host cannot hold a standby that needs so much; empty: it can."""
     if stats.get(AGENT) != UP:
         return _NO_AGENT
-    return _room(stats.get(BACKING_FREE_MIB), needed_mib)
-
-
-def _room(told: Any, needed_mib: int) -> Reason:
-    try:
-        free_mib = int(told or 0)
-    except ValueError:
-        free_mib = 0
+    free_mib = _room_mib(stats)
     if free_mib < needed_mib:
         return f"its memory_backing_dir has {free_mib} MiB free, a standby needs {needed_mib} MiB"
     return ""
+
+
+def _room_mib(stats: Stats) -> int:
+    try:
+        return int(stats.get(BACKING_FREE_MIB) or 0)
+    except ValueError:
+        return 0
+
+
+def _told(stats: Stats) -> tuple[int, _Kind]:
+    """Room for standbys (-1: no agent could make one), and which kind of host it is."""
+    room_mib = _room_mib(stats) if stats.get(AGENT) == UP else -1
+    return room_mib, (stats.get(CPU_MODEL), stats.get(MACHINE_TYPES))
 
 
 def compatible(stats: Stats, cpu_model: str, machine_type: str) -> Reason:
@@ -116,6 +123,8 @@ class PMTStandbyFilter(filters.BaseHostFilter):
             users = group.standby_user_id if users is None else users
         self._honour = honour
         self._users = frozenset(users)
+        #: What hosts told, by name: the scheduler has the same dictionary until they tell anew.
+        self._seen: dict[str, tuple[Any, int, _Kind]] = {}
 
     def filter_all(self, filter_obj_list: Iterable[Any], spec_obj: Any) -> Iterable[Any]:
         """See Nova."""
@@ -152,28 +161,25 @@ class PMTStandbyFilter(filters.BaseHostFilter):
         needed_mib = spec.flavor.memory_mb + OVERHEAD_MIB
         bounds = lookup.bounds(uuid, server)
         bound = bool(bounds.zone or bounds.taken)
-        own_cell = getattr(server.cell, "uuid", None)
+        own_host, own_cell = server.host, getattr(server.cell, "uuid", None)
         told = _Rejections(f"standby of {uuid}")
-        # With a thousand hosts each call counts, and many of them tell the same.
-        rooms: dict[Any, Reason] = {}
-        kinds: dict[tuple[Any, Any], Reason] = {}
+        seen, kinds = self._seen, dict[_Kind, Reason]()
         passing = []
+        # With a thousand hosts each look into a dictionary counts.
         for host in hosts:
-            stats = host.stats or _NOTHING
-            get = stats.get
-            if get(AGENT) != UP:
-                why = _NO_AGENT
+            name = host.host
+            found = seen.get(name)
+            if found is None or found[0] is not host.stats:
+                found = seen[name] = (host.stats, *_told(host.stats or _NOTHING))
+            _, room_mib, kind = found
+            if room_mib < needed_mib:
+                why = capable(host.stats or _NOTHING, needed_mib) if told.heard else _NO_ROOM
             else:
-                room = get(BACKING_FREE_MIB)
-                why = rooms.get(room, _ASK)
-                if why is _ASK:
-                    why = rooms[room] = _room(room, needed_mib)
-                if not why:
-                    kind = (get(CPU_MODEL), get(MACHINE_TYPES))
-                    why = kinds.get(kind, _ASK)
-                    if why is _ASK:
-                        why = kinds[kind] = compatible(stats, cpu_model, server.machine_type)
-            if host.host == server.host:
+                why = kinds.get(kind, _NOT_YET)
+                if why is _NOT_YET:
+                    why = compatible(host.stats or _NOTHING, cpu_model, server.machine_type)
+                    kinds[kind] = why
+            if name == own_host:
                 why = "the server itself runs there"
             elif own_cell is not None and host.cell_uuid not in (None, own_cell):
                 why = "it is in another cell than the server"
