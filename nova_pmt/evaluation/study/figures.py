@@ -35,6 +35,8 @@ _T95 = (
     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
 )  # fmt: skip
 _T95_MANY = 1.96
+#: Of strategies on pages and in pictures.
+_ORDER = "pmt pmt-plain kemari auto"
 #: Columns that are no figures.
 _PLACE = ("scenario", "strategy", "link_mbit", "repeat", "cache_mib")
 
@@ -114,7 +116,9 @@ class Table:
         }
         self.scenarios = list(dict.fromkeys(key[0] for key in self._entries))
         names = dict.fromkeys(key[1] for key in self._entries)
-        self.strategies = [name for name in names if name not in (UNPROTECTED, *NAMES)]
+        found = [name for name in names if name not in (UNPROTECTED, *NAMES)]
+        # Not in the order in which they were drawn.
+        self.strategies = sorted(found, key=lambda name: (_ORDER.find(name), name))
         self.peers = [name for name in NAMES if name in names]
         self.links = list(dict.fromkeys(key[2] for key in self._entries))
 

@@ -61,18 +61,24 @@ def _bars(table: Table, figure: str, label: str, logarithmic: bool) -> Any:
         plot.set_xticks(
             [at + 0.4 - width / 2 for at in range(len(scenarios))],
             scenarios,
-            rotation=60,
+            rotation=50,
+            ha="right",
+            rotation_mode="anchor",
             fontsize=8,
         )
         if logarithmic:
             plot.set_yscale("log")
         plot.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel(label, fontsize=9)
-    axes[-1].legend(fontsize=8, frameon=False)
+    # From where most were measured.
+    most = max((plot.get_legend_handles_labels() for plot in axes), key=lambda one: len(one[0]))
+    axes[-1].legend(*most, fontsize=8, frameon=False)
     return picture
 
 
 def _series(plot: Any, entries: Sequence[Any], number: int, width: float, strategy: str) -> None:
+    if not any(entries):
+        return
     at = [place + number * width for place, entry in enumerate(entries) if entry]
     means = [entry["mean"] for entry in entries if entry]
     ends = [
