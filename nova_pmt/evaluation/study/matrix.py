@@ -41,7 +41,7 @@ from nova_pmt.lab import Disk, GuestSpec, Lab, LabGuest, Workload, deployment
 
 STRATEGIES = ("pmt", "kemari", "auto")
 LINKS_MBIT = (100, GIGABIT, 0)
-_IMAGES = "/var/lib/libvirt/images"
+_QCOW2, _RAW = _IMAGES = ("/var/lib/libvirt/images/eval.qcow2", "/var/lib/libvirt/images/eval.raw")
 DISK_MIB = 256
 #: Columns of rows.csv; others of a row are lists.
 COLUMNS = (
@@ -217,13 +217,17 @@ class Study:
         for host in guest.host.lab.computes:  # a failover leaves a domain that is off
             try:
                 guest.on(host).destroy()
-            except (exception.PmtError, libvirt.libvirtError) as error:
+                for (
+                    path
+                ) in _IMAGES:  # after a failover they are its own on both: not the next one's
+                    host.disk_path(path).unlink(missing_ok=True)
+            except (exception.PmtError, OSError, libvirt.libvirtError) as error:
                 self._report.note(f"{guest!r} on {host.name} cannot be taken away: {error}")
 
     def _boot(self, lab: Lab) -> LabGuest:
         disks = (
-            Disk(f"{_IMAGES}/eval.qcow2", DISK_MIB),
-            Disk(f"{_IMAGES}/eval.raw", DISK_MIB, format="raw"),
+            Disk(_QCOW2, DISK_MIB),
+            Disk(_RAW, DISK_MIB, format="raw"),
         )
         spec = GuestSpec(
             "eval",

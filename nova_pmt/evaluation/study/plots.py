@@ -53,9 +53,11 @@ def _bars(table: Table, figure: str, label: str, logarithmic: bool) -> Any:
     picture = pictures.figure(4.2 * len(links), 3.4)
     axes = picture.subplots(1, len(links), sharey=True, squeeze=False)[0]
     width = 0.8 / max(1, len(table.strategies))
+    positive = False
     for plot, link in zip(axes, links, strict=True):
         for number, strategy in enumerate(table.strategies):
             entries = [table.entry(name, strategy, link, figure) for name in scenarios]
+            positive = positive or any(entry and entry["mean"] > 0 for entry in entries)
             _series(plot, entries, number, width, strategy)
         plot.set_title(link_name(link), fontsize=9)
         plot.set_xticks(
@@ -66,9 +68,9 @@ def _bars(table: Table, figure: str, label: str, logarithmic: bool) -> Any:
             rotation_mode="anchor",
             fontsize=8,
         )
-        if logarithmic:
-            plot.set_yscale("log")
         plot.grid(axis="y", alpha=0.3)
+    if logarithmic and positive:
+        axes[0].set_yscale("log")  # of all: they share it
     axes[0].set_ylabel(label, fontsize=9)
     # From where most were measured.
     most = max((plot.get_legend_handles_labels() for plot in axes), key=lambda one: len(one[0]))

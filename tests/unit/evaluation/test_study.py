@@ -264,6 +264,12 @@ def test_the_page_has_peers_beside_the_pause() -> None:
     assert "| web | 4 | 1 (0.25 x) | 200 (50 x) |" in text
 
 
+def test_what_was_not_measured_anywhere_is_an_empty_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    made = plots.draw(table(row("idle", "pmt", mbit_per_s=1.0)), tmp_path)
+    assert all(path.exists() for path in made)
+
+
 def test_a_scenario_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="no scenario 'wev'; there are build, database"):
         scenarios.named(["wev"])
