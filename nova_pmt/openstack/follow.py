@@ -95,9 +95,9 @@ class _Due:
     #: Until when, by our own clock, an attempt that failed is not repeated, and what it was with.
     #: (Nova notifies us of each standby server that we make in vain.)
     not_before: float = 0.0
-    #: As its note had them when we looked; -1: we did not yet.
-    attempts: int = -1
     with_: tuple[str, ...] = ()
+    #: Attempts, as its note had them when we looked; -1: we did not yet.
+    attempts: int = -1
 
 
 class Follower:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 from nova_pmt.bench import loads
@@ -44,12 +43,7 @@ class _Client:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._end = True
         self._thread.join(_ANSWER_S)
 

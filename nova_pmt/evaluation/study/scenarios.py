@@ -128,6 +128,11 @@ def _requests(*kinds: Callable[[LabGuest, float], list[float]]) -> Drive:
     return drive
 
 
+def _sessions(count: int) -> Drive:
+    """So many clients of a database."""
+    return _requests(*[partial(loads.transactions, number=n) for n in range(1, count + 1)])
+
+
 def _writes(order: str, block_kib: int) -> Drive:
     def drive(guest: LabGuest, seconds: float) -> Work:
         writer = loads.DiskWriter(guest, order, block_kib, guest.spec.disk_names)
@@ -184,13 +189,13 @@ SCENARIOS = (
         "database",
         f"{SESSIONS} clients' requests, each durable on both disks before it is answered",
         "requests/s",
-        _requests(*[partial(loads.transactions, number=n) for n in range(1, SESSIONS + 1)]),
+        _sessions(SESSIONS),
     ),
     Scenario(
         "sessions",
         f"as database, with {MANY_SESSIONS} clients",
         "requests/s",
-        _requests(*[partial(loads.transactions, number=n) for n in range(1, MANY_SESSIONS + 1)]),
+        _sessions(MANY_SESSIONS),
     ),
     Scenario(
         "disk",
